@@ -1,0 +1,34 @@
+# make demo    a virtual environment, the embedded data, a tiny Llama trained on it, and what it writes
+# make test    the test suite
+# make clean   removes what those two made
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN = .venv/bin/python
+
+.PHONY: demo test clean
+
+demo: .venv/run
+	$(RUN) prepare.py
+	$(RUN) train.py --resume
+	@echo; echo "--- Python"
+	@$(RUN) sample.py --checkpoint out/quickstart --prompt "def " --max_new_tokens 120 --temperature 0.6 --seed 1
+	@echo; echo "--- documentation"
+	@$(RUN) sample.py --checkpoint out/quickstart --prompt "Return the " --max_new_tokens 80 --temperature 0.6 --seed 1
+	@echo; echo "--- sums that no training document holds"
+	@$(RUN) sample.py --checkpoint out/quickstart --quiz data/quickstart/math_quiz.jsonl
+
+test: .venv/test
+	$(RUN) -m pytest
+
+.venv/run: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) --requirement requirements.txt
+	touch $@
+
+.venv/test: .venv/run requirements-test.txt
+	$(PIP) --requirement requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf .venv data/quickstart out/quickstart
