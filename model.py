@@ -1,0 +1,308 @@
+"""The model: Llama, written out by hand.
+
+Read it from the bottom of the stack upwards: the norm, the rotary embedding, attention, the gated MLP,
+a block, then the whole. Every name is the one Hugging Face's LlamaForCausalLM gives the same parameter, so a
+checkpoint of ours is a checkpoint of theirs, and exporting is copying.
+
+Shapes in the comments: B sequences, T tokens, C hidden_size, H query heads, K key/value heads, D head_dim.
+
+Papers: Llama (Touvron et al. 2023), RMSNorm (Zhang & Sennrich 2019), RoPE (Su et al. 2021), SwiGLU (Shazeer
+2020), grouped-query attention (Ainslie et al. 2023).
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model. Field names are LlamaConfig's, but for the last three, which are ours."""
+
+    vocab_size: int = 2048
+    """Rows of the embedding: at least the ids that the tokenizer can give."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    intermediate_size: int = 768
+    """Width inside the MLP."""
+    num_hidden_layers: int = 4
+    """Number of blocks."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int = 2
+    """Key and value heads; fewer than the query heads makes it grouped-query attention."""
+    head_dim: int | None = None
+    """Width of a head; hidden_size / num_attention_heads if None."""
+    max_position_embeddings: int = 256
+    """Context length in tokens."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm. The cards give none: this is LlamaConfig's default."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output head too."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    scale_residual_init: bool = True
+    """Divide that of o_proj and down_proj by sqrt(2 x layers), as Stentor3 does (Stentor2 does not)."""
+    fp32_norms: bool = True
+    """Compute every RMSNorm in FP32, whatever autocast says (Stentor3 card, Precision Stability Recipe)."""
+    fp32_blocks: tuple[int, ...] = (0, -1)
+    """Blocks that run in FP32 from end to end; negative numbers count from the last (same recipe)."""
+
+    def __post_init__(self):
+        """Fill in head_dim.
+
+        Raises ValueError, in one line, for a shape that no Llama has.
+        """
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(f"model.hidden_size {self.hidden_size} does not divide into "
+                                 f"{self.num_attention_heads} heads; set model.head_dim")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"model.num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        for block in self.fp32_blocks:
+            if not -self.num_hidden_layers <= block < self.num_hidden_layers:
+                raise ValueError(f"model.fp32_blocks names block {block}, and there are {self.num_hidden_layers}")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float, fp32: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.fp32 = eps, fp32
+
+    def forward(self, x):
+        # A mean of squares in bf16 keeps eight bits of them; the card runs all norms in FP32.
+        h = x.float() if self.fp32 else x
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (h * self.weight).to(x.dtype)
+
+
+def rope_table(length: int, head_dim: int, theta: float):
+    """Cosines and sines of the rotary embedding, two (length, head_dim / 2) FP32 tensors.
+
+    Pair j of a head turns by position / theta^(2j / head_dim) radians (Su et al. 2021, eq. 15).
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2)
+    angles = torch.outer(torch.arange(length).float(), frequencies)  # (length, D/2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate x (B, H, T, D) by its positions; cos and sin are (T, D/2).
+
+    The two members of a pair stand half a head apart, as HF stores them, so that neither an export nor an import
+    permutes anything. The products are FP32, as the tables are: bf16 has eight significant bits, too few to tell
+    position 4,000 from its neighbours.
+    """
+    a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
+
+
+def causal_attention(q, k, v):
+    """Softmax attention of the last T of S positions: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
+
+    The one place that chooses an attention kernel. Query head h reads key/value head h // (H / K).
+    """
+    T, S = q.size(2), k.size(2)
+    mask = None
+    if 1 < T < S:  # several new tokens after a cached prefix: query i sees keys up to S - T + i
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
+                                          enable_gqa=q.size(1) != k.size(1))
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of `max_length` positions, made at first use.
+
+    Each layer's buffer takes the dtype of what is first put in, so FP32 blocks keep FP32 keys under autocast.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0  # positions filled in every layer; the model advances it once a forward
+        self.keys, self.values = {}, {}
+
+    def extend(self, layer: int, k, v):
+        """Store k and v (B, K, T, D) after the filled part; return all of it, (B, K, length + T, D) each."""
+        if layer not in self.keys:
+            B, K, _, D = k.shape
+            self.keys[layer] = k.new_zeros(B, K, self.max_length, D)
+            self.values[layer] = v.new_zeros(B, K, self.max_length, D)
+        end = self.length + k.size(2)
+        self.keys[layer][:, :, self.length:end] = k
+        self.values[layer][:, :, self.length:end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads, so the cache is K / H as large."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D) each, S = tokens so far
+        y = causal_attention(q, k, v)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: one projection, gated by the SiLU of another (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Norm, attention, add; norm, MLP, add."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.fp32 = layer in (block % config.num_hidden_layers for block in config.fp32_blocks)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.fp32_norms)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.fp32_norms)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        # An island needs both: FP32 inputs, and autocast off, or the products would be cast down again.
+        island = torch.autocast(x.device.type, enabled=False) if self.fp32 else nullcontext()
+        with island:
+            x = x.float() if self.fp32 else x
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm. A module of its own only so that names begin with `model.`, as HF's do."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.fp32_norms)
+        cos, sin = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)  # (max_position_embeddings, D/2)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, input_ids, cache=None):
+        start = cache.length if cache is not None else 0
+        positions = slice(start, start + input_ids.size(1))
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, self.cos[positions], self.sin[positions], cache)
+        if cache is not None:
+            cache.length += input_ids.size(1)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The language model: decoder and output head, FP32 parameters, initialised as the Stentor cards say.
+
+    Weights are drawn from torch's global generator; seed it first to get the same model twice.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Linear and embedding weights normal(0, initializer_range), norms 1.
+
+        With scale_residual_init the two projections that write into the residual stream, o_proj and down_proj,
+        get initializer_range / sqrt(2 x layers), so that the sum of all blocks starts no larger than one (GPT-2;
+        Stentor3 card, Weight Initialization). The Stentor2 card calls its draw a "truncated" normal, but the code
+        it prints is a plain one: the code is followed.
+        """
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = self.config.scale_residual_init and name.endswith(("o_proj", "down_proj"))
+                module.weight.normal_(0.0, residual_std if residual else std)
+
+    def forward(self, input_ids, targets=None, cache=None):
+        """Next-token logits, and the loss where targets are given.
+
+        input_ids (B, T) int64; targets (B, T) int64, target -100 meaning "do not count". With a KVCache the tokens
+        are taken to follow those already in it. Returns (logits (B, T, vocab_size), loss): the loss is the mean
+        cross-entropy in nats per counted token, a 0-D FP32 tensor, or None.
+        """
+        logits = self.lm_head(self.model(input_ids, cache))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # log-softmax over thousands of entries wants FP32, whatever precision made the logits
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))  # (B*T, V), (B*T)
+        return logits, loss
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """AdamW's two groups: Linear weights decay; embeddings, norms and biases do not (Stentor3 card, AdamW).
+
+        A tied head is the embedding, and does not decay. Raises AssertionError unless every parameter is in
+        exactly one group.
+        """
+        embedding = self.model.embed_tokens.weight
+        decay = {name: module.weight for name, module in self.named_modules()
+                 if isinstance(module, nn.Linear) and module.weight is not embedding}
+        decaying = {id(p) for p in decay.values()}
+        rest = [p for p in self.parameters() if id(p) not in decaying]
+        assert len(decay) + len(rest) == len(list(self.parameters())), "a parameter is in no group, or in two"
+        return [{"params": list(decay.values()), "weight_decay": weight_decay},
+                {"params": rest, "weight_decay": 0.0}]
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length: int) -> int:
+        """FLOPs to train on one token (forward and backward) in sequences of `length` tokens.
+
+        6 for every parameter that is in a matrix product, and 12 x layers x H x D x length for attention's own
+        two products (PaLM, Chowdhery et al. 2022, appendix B, which does not discount the causal half).
+        """
+        c = self.config
+        products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * products + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
