@@ -1,0 +1,187 @@
+"""
+How fast this code is, next to its peers.
+
+    python bench.py tokenizer                 # a table
+    python bench.py tokenizer --markdown      # the same for a README
+
+A speed alone says as much about the machine as about the code. So a peer runs in the same
+process, the runs of all contestants alternate (a machine that slows down slows them all), the figure
+is the median, and what counts is the ratio.
+
+A section is a function that takes the parsed command line and returns rows for `show`.
+"""
+import argparse
+import ast
+import importlib.util
+import os
+import statistics
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import tokenizer
+
+DOCUMENT = 5000  # characters
+
+
+def alternate(runs, rounds):
+    """Time functions in turns, after one run of each to warm up.
+
+    runs    {name: function without arguments}
+    -> {name: median seconds}
+    """
+    seconds = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if round_ > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def show(header, rows, markdown):
+    """Print a table. header, rows: tuples of str, of one length."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    start, between, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
+    lines = [header, tuple("-" * width for width in widths), *rows]
+    for line in lines:
+        print((start + between.join(cell.ljust(width) for cell, width in zip(line, widths)) + end).rstrip())
+
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+def documents(count):
+    """English prose and Python code from this Python's own library -> {kind: `count` texts of 5 KB}"""
+    code, prose = [], []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
+        if {"site-packages", "test", "tests", "encodings", "pydoc_data"} & set(path.parts):
+            continue  # other people's code, and tables
+        if min(sum(map(len, code)), sum(map(len, prose))) > count * DOCUMENT:
+            break
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):  # lib2to3 keeps some broken files
+            continue
+        code.append(source)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                prose.append((ast.get_docstring(node) or "") + "\n\n")
+
+    def cut(texts):
+        text = "".join(texts)
+        return [text[start:start + DOCUMENT] for start in range(0, len(text), DOCUMENT)][:count]
+
+    return {"prose": cut(prose), "code": cut(code)}
+
+
+def tokenizer_without_numba():
+    """A second copy of the module, imported where numba cannot be: its loops run as plain Python."""
+    present = sys.modules.get("numba")
+    sys.modules["numba"] = None  # makes `import numba` raise ImportError
+    try:
+        spec = importlib.util.spec_from_file_location("tokenizer_without_numba", tokenizer.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["numba"]
+        if present is not None:
+            sys.modules["numba"] = present
+    return module
+
+
+def tokenmonster_package(path):
+    """The reference, or None and a line that says why not."""
+    try:
+        tokenizer.reference_encode(path, ["probe"], timeout=60)  # in a process that can be ended if it hangs
+    except RuntimeError as error:
+        print(f"no comparison with the reference: {error}", file=sys.stderr)
+        return None
+    import tokenmonster
+    return tokenmonster.load(str(Path(path).resolve()))
+
+
+def byte_pair_encoding(texts, vocab_size):
+    """A BPE of the `tokenizers` library, of our size and trained on the very texts, or None."""
+    try:
+        import tokenizers
+    except ImportError:
+        print("no comparison with the tokenizers library, which is not installed", file=sys.stderr)
+        return None
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def bench_tokenizer(arguments):
+    """MB of text per second on documents of 5 KB, and the ratio to each peer that runs here."""
+    path, ours = tokenizer.find(arguments.vocab), tokenizer.load(arguments.vocab)
+    plain = tokenizer_without_numba().load(arguments.vocab)
+    kinds = documents(arguments.documents)
+    reference = tokenmonster_package(path)
+    bpe = byte_pair_encoding([text for texts in kinds.values() for text in texts], ours.vocab_size)
+
+    def size(texts):
+        return sum(len(text.encode()) for text in texts) / 1e6
+
+    rows = []
+    for kind, texts in kinds.items():
+        few = texts[:max(1, len(texts) // 20)]  # plain Python is slow
+        ids = ours.encode_batch(texts)
+        compiled = "compiled" if tokenizer.COMPILED else "plain Python, as numba is not here"
+        cores = f"encode_batch, {os.cpu_count()} cores"
+        runs = {  # name: (function, MB of text that it goes through)
+            f"encode, {compiled}": (lambda: [ours.encode(text) for text in texts], size(texts)),
+            "encode, plain Python": (lambda: [plain.encode(text) for text in few], size(few)),
+            cores: (lambda: ours.encode_batch(texts), size(texts)),
+            "decode": (lambda: [ours.decode(row) for row in ids], size(texts)),
+        }
+        peers = {}
+        if reference is not None:
+            peers["tokenmonster package"] = (lambda: [reference.tokenize(text) for text in texts],
+                                             lambda: [reference.decode(row) for row in ids])
+        if bpe is not None:
+            bpe_ids = [bpe.encode(text).ids for text in texts]
+            peers["tokenizers, BPE"] = (lambda: [bpe.encode(text) for text in texts],
+                                        lambda: [bpe.decode(row) for row in bpe_ids])
+        for peer, (encode, decode) in peers.items():
+            runs[f"{peer}: encode"] = (encode, size(texts))
+            runs[f"{peer}: decode"] = (decode, size(texts))
+
+        seconds = alternate({name: run for name, (run, _) in runs.items()}, arguments.rounds)
+        speed = {name: megabytes / seconds[name] for name, (_, megabytes) in runs.items()}
+        for name in runs:
+            peer_speeds = [speed[f"{peer}: {'decode' if 'decode' in name else 'encode'}"] for peer in peers]
+            ratios = [f"{speed[name] / other:.2f}" for other in peer_speeds]
+            rows.append((kind, name, f"{speed[name]:.2f}", *ratios))
+    print(f"{ours.name}, {arguments.documents} documents of {DOCUMENT} characters, one thread unless it says "
+          f"otherwise, medians of {arguments.rounds}\n")
+    return ("text", "what", "MB/s", *(f"x {peer}" for peer in peers)), rows
+
+
+SECTIONS = {"tokenizer": bench_tokenizer}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("--vocab", default="quickstart-2048", help="name or path (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: %(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    arguments = parser.parse_args()
+    try:
+        header, rows = SECTIONS[arguments.section](arguments)
+    except tokenizer.VocabularyError as error:
+        sys.exit(f"bench.py: {error}")
+    show(header, rows, arguments.markdown)
+
+
+if __name__ == "__main__":
+    main()
