@@ -1,0 +1,210 @@
+"""A run's settings: one dataclass, and the command line made from it.
+
+Every other file in config/ is a run: one Python file that binds `config` to a Config, nothing but values and where
+they come from. `load` takes such a file as the defaults and the command line as the last word:
+
+    python train.py config/quickstart.py --block_size=128 --model.num_hidden_layers=2
+
+The library tyro makes the command line from the dataclass, so `--help` lists every field with its docstring.
+"""
+
+import contextlib
+import io
+import os
+import runpy
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from model import ModelConfig
+from tokenizer import VocabularyError
+
+QUICKSTART = Path(__file__).with_name("quickstart.py")
+
+
+class BadInput(ValueError):
+    """Something that the user can put right. `script` shows it as one line and exits with code 2."""
+
+
+@dataclass
+class Source:
+    """A stream of documents and its share of the training mixture."""
+
+    dataset: str
+    """Where the text comes from: library:docs, library:code or library:arithmetic (see prepare.py)."""
+    ratio: float
+    """Share of the training tokens."""
+    anneal_ratio: float
+    """Share of the training tokens in the anneal, the last part of the run."""
+    preserve_linebreaks: bool = False
+    """Keep line breaks and indentation, as code needs; otherwise all white space becomes single spaces."""
+
+
+@dataclass
+class Config:
+    """A training run. Prepare its data, train it and sample from it with the same file."""
+
+    name: str = "quickstart"
+    """Name of the run: checkpoints and curves go to out/NAME."""
+    data_dir: Path = Path("data/quickstart")
+    """Directory of the token bins, written by prepare.py."""
+    tokenizer: str = "quickstart-2048"
+    """Vocabulary: a name, or the path of a .vocab or tokenizer.json file."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """The mixture: a bin for each source."""
+    anneal_fraction: float = 0.15
+    """Last part of the run, as a fraction, in which the sources are mixed by their anneal_ratio."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+    block_size: int = 256
+    """Tokens in a training sequence."""
+    tokens_per_step: int = 8192
+    """Tokens in an optimizer step, over all devices and accumulation steps."""
+    micro_batch_size: int = 32
+    """Sequences in one forward pass on one device. Fewer need less memory and give the same run."""
+    max_steps: int = 1000
+    """Optimizer steps in the run."""
+    train_minutes: float | None = None
+    """Make the run shorter than max_steps if need be, so that it takes about this many minutes here."""
+    max_minutes: float | None = None
+    """Save and stop after this many minutes, to be continued with --resume (a Kaggle session, say)."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warmup: a cosine to 0, or stable and then linear to 0 (warmup, stable, decay)."""
+    warmup_fraction: float = 0.05
+    """Part of the run over which the rate rises linearly."""
+    decay_fraction: float = 0.15
+    """Part of the run over which wsd decays."""
+    weight_decay: float = 0.01
+    """AdamW's decay of the Linear weights."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging of the gradient and of its square."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: int = 42
+    """Of the initial weights and the order of the blocks."""
+
+    log_interval: int = 10
+    """Steps between two lines of progress."""
+    eval_interval: int = 100
+    """Steps between two evaluations, each followed by a checkpoint."""
+    eval_blocks: int | None = None
+    """Held-out blocks of each source to evaluate on; all if None."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep besides the best."""
+
+    backend: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; auto is bfloat16 where the hardware has it."""
+    compile: bool = False
+    """Use torch.compile, and go on without where it fails."""
+    resume: bool = False
+    """Go on from the latest checkpoint of this run, if there is one."""
+    overwrite: bool = False
+    """Delete an earlier run of the same name."""
+
+    def __post_init__(self):
+        """Raises ValueError, in one line, where the values cannot make a run."""
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"name is {self.name!r}; it must be the plain name of a directory under out/")
+        self.data_dir = Path(self.data_dir)  # so that a preset may write it as a string
+        for name in ("block_size", "tokens_per_step", "micro_batch_size", "max_steps", "log_interval", "eval_interval",
+                     "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.tokens_per_step % self.block_size:
+            raise ValueError(f"tokens_per_step {self.tokens_per_step} is not a multiple of "
+                             f"block_size {self.block_size}")
+        if self.block_size > self.model.max_position_embeddings:
+            raise ValueError(f"block_size {self.block_size} is more than the model's context, "
+                             f"model.max_position_embeddings {self.model.max_position_embeddings}")
+        for kind in ("ratio", "anneal_ratio"):
+            ratios = [getattr(source, kind) for source in self.sources.values()]
+            if ratios and (min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6):
+                raise ValueError(f"the {kind} of the sources are {ratios}; they must not be negative, and sum to 1")
+        if not 0 <= self.anneal_fraction <= 1:
+            raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must lie between 0 and 1")
+
+    @property
+    def out_dir(self) -> Path:
+        """Directory of the run."""
+        return Path("out") / self.name
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in an optimizer step, over all devices and accumulation steps."""
+        return self.tokens_per_step // self.block_size
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises, at least 1."""
+        return max(1, round(self.warmup_fraction * self.max_steps))
+
+
+def spell_out(cls, argv: list[str]) -> list[str]:
+    """The command line with `--resume` alone written as `--resume True`, for every yes-or-no field of `cls`."""
+    switches = {f"--{f.name}" for f in fields(cls) if f.type in (bool, "bool")}
+    spelled = []
+    for word, following in zip(argv, [*argv[1:], ""]):
+        spelled += [word, "True"] if word in switches and following not in ("True", "False") else [word]
+    return spelled
+
+
+def parse(cls, argv: list[str], default=None):
+    """Make a `cls` (a dataclass) from the command line `argv`, over the values of `default`.
+
+    Raises BadInput with tyro's own message, which names the nearest right option, on one line.
+    """
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(cls, args=spell_out(cls, argv), default=default, use_underscores=True,
+                            config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip("│╭╮╰╯─ \n") for line in message.getvalue().splitlines()[1:]]
+        lines = [line for line in lines if line and not line.startswith("For full helptext")]
+        raise BadInput(" ".join(lines).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+
+
+def load(argv: list[str]) -> Config:
+    """The run that the command line asks for: [config/NAME.py] [--field=value ...]; the quickstart if no file.
+
+    Raises BadInput for a missing or broken file, an unknown field, a value of the wrong type or out of range.
+    """
+    path, options = (Path(argv[0]), argv[1:]) if argv and not argv[0].startswith("-") else (QUICKSTART, argv)
+    if not path.is_file():
+        there = ", ".join(f"config/{p.name}" for p in sorted(QUICKSTART.parent.glob("*.py")) if p.name != "__init__.py")
+        raise BadInput(f"there is no config file {path}; there are {there}")
+    try:
+        default = runpy.run_path(str(path))["config"]
+    except Exception as error:
+        raise BadInput(f"{path} is not a run: {type(error).__name__}: {error}") from error
+    if not isinstance(default, Config):
+        raise BadInput(f"{path} does not bind `config` to a Config")
+    return parse(Config, options, default)
+
+
+def script(main):
+    """Run main(argv) as a command: what the user can put right is one line on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (BadInput, VocabularyError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `| head` has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
