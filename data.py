@@ -1,0 +1,164 @@
+"""Bins to batches.
+
+Which tokens a step sees is a pure function of the step. The run's sequences are numbered 0, 1, 2, ... over all
+devices and accumulation steps; `curriculum` gives each number its source, and the number of that source's sequences
+before it gives its block. So resuming needs nothing but the step, and one device reads what eight would.
+"""
+
+import json
+from functools import lru_cache
+from math import ceil, floor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import BadInput, Config
+
+
+def curriculum(early: list[float], late: list[float], anneal_start: float, length: int) -> np.ndarray:
+    """The source of each sequence of a run: `length` numbers (uint8) that index `early` and `late`.
+
+    Source s is owed early[s] of every sequence before anneal_start and late[s] of every one after. After any prefix
+    each source has had what it is owed to within one sequence. That is the chairman assignment problem (Tijdeman
+    1980): sequence j of a source may not come before the source is owed more than j, and must come before it is owed
+    more than j + 1; taking, of the sources that may, the one that must soonest, keeps every such promise.
+    """
+    times = [0, anneal_start, length]
+    may, must = [], []  # for each source, the first and last place (exclusive) of its sequence j
+    for before, after in zip(early, late):
+        before, after = max(before, 1e-9), max(after, 1e-9)  # owed nothing: due past the end
+        owed = np.cumsum([0, before * anneal_start, after * (length - anneal_start)])
+        count = ceil(owed[-1]) + 1
+        # the moment at which the source has been owed exactly j; beyond the run it goes on at the last rate
+        when = np.interp(np.arange(count + 1), owed, times)
+        beyond = np.arange(count + 1) > owed[-1]
+        when[beyond] = length + (np.arange(count + 1)[beyond] - owed[-1]) / after
+        may.append([floor(t + 1e-6) for t in when[:-1]])
+        must.append([ceil(t - 1e-6) for t in when[1:]])
+
+    sources = range(len(early))
+    taken = [0] * len(early)
+    order = np.empty(length, np.uint8)
+    for k in range(length):
+        _, source = min((must[s][taken[s]], s) for s in sources if may[s][taken[s]] <= k)
+        order[k] = source
+        taken[source] += 1
+    return order
+
+
+class Bin:
+    """A file of uint16 token ids, read in blocks of block_size + 1 tokens that begin block_size apart.
+
+    The one token that neighbours share is a target in the first and an input in the second, so every token is
+    predicted once. Blocks are read with plain file reads: pages of a memory map would count as resident for ever.
+    """
+
+    def __init__(self, path: Path, tokens: int, vocab_size: int, block_size: int):
+        """Raises BadInput for a file that is missing, not `tokens` long, or holds ids that the vocabulary has not."""
+        self.path, self.block_size = path, block_size
+        if not path.is_file():
+            raise BadInput(f"{path} is missing; delete {path.parent} and run prepare.py again")
+        if path.stat().st_size != 2 * tokens:
+            raise BadInput(f"{path} holds {path.stat().st_size} bytes and meta.json says {2 * tokens}; "
+                           f"delete {path.parent} and run prepare.py again")
+        self.file = path.open("rb")
+        largest = 0
+        for _ in range(0, tokens, 1 << 24):  # 32 MB at a time, at the speed of the disk
+            largest = max(largest, int(np.fromfile(self.file, np.uint16, 1 << 24).max()))
+        if largest >= vocab_size:
+            raise BadInput(f"{path} holds the id {largest}, beyond the vocabulary of {vocab_size}; "
+                           f"delete {path.parent} and run prepare.py again")
+        self.blocks = max(0, tokens - 1) // block_size
+
+    def read(self, block: int) -> np.ndarray:
+        """Tokens of a block, (block_size + 1,) uint16."""
+        self.file.seek(2 * block * self.block_size)
+        return np.fromfile(self.file, np.uint16, self.block_size + 1)
+
+
+def read_meta(config: Config) -> dict:
+    """meta.json of the config's data. Raises BadInput, saying what to run, where the data is missing or other data."""
+    path = config.data_dir / "meta.json"
+    if not path.exists():
+        raise BadInput(f"there is no prepared data in {config.data_dir}; make it with prepare.py and the same config, "
+                       f"or try the model on the quickstart's with --data_dir data/quickstart")
+    try:
+        meta = json.loads(path.read_text())
+        missing = set(config.sources) - set(meta["sources"])
+        vocab_size = meta["vocab_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({error!r}); delete {config.data_dir} and run prepare.py again") from error
+    if missing:
+        raise BadInput(f"{config.data_dir} has no source {', '.join(sorted(missing))}; "
+                       f"it has {', '.join(meta['sources'])}")
+    if vocab_size > config.model.vocab_size:
+        raise BadInput(f"the data has {vocab_size} token ids and the model {config.model.vocab_size} rows; "
+                       f"set --model.vocab_size {vocab_size}")
+    return meta
+
+
+class Batches:
+    """A split of the data as batches: [step] gives this rank's (input_ids, targets), (sequences, block_size) int64.
+
+    The training split mixes the sources by the curriculum, sequences_per_step at a time, and wraps round a source
+    that is used up, its blocks in a new order. The held-out split ("val") is read one source at a time, in order,
+    micro_batch_size sequences at a time, once; what the last batch lacks is filled with sequences whose targets are
+    all -100, so that every batch has one shape.
+    """
+
+    def __init__(self, config: Config, split: str, source: str | None = None, rank: int = 0, world_size: int = 1):
+        """Raises BadInput where the bins are missing, disagree with meta.json or are too short for one block."""
+        meta = read_meta(config)
+        self.names = [source] if source else list(config.sources)
+        self.split, self.seed, self.block_size = split, config.seed, config.block_size
+        suffix = {"train": "", "val": "_val"}[split]
+        self.bins = [Bin(config.data_dir / f"{name}{suffix}.bin", meta["sources"][name][split]["tokens"],
+                         config.model.vocab_size, config.block_size) for name in self.names]
+        for bin in self.bins:
+            if not bin.blocks:
+                raise BadInput(f"{bin.path} is shorter than one block of {config.block_size} tokens; "
+                               f"choose a smaller --block_size")
+        if split == "train":
+            length, self.per_step = config.max_steps * config.sequences_per_step, config.sequences_per_step
+            shares = [config.sources[name] for name in self.names]
+            anneal_start = (1 - config.anneal_fraction) * length
+            self.order = curriculum([s.ratio for s in shares], [s.anneal_ratio for s in shares], anneal_start, length)
+        else:
+            length, self.per_step = min(self.bins[0].blocks, config.eval_blocks or 2**62), config.micro_batch_size
+            self.order = np.zeros(length, np.uint8)
+        self.index = np.empty(length, np.int64)  # the how-manieth sequence of its source
+        for number in range(len(self.names)):
+            here = self.order == number
+            self.index[here] = np.arange(here.sum())
+        if self.per_step % world_size:
+            raise BadInput(f"{self.per_step} sequences a step do not divide over {world_size} devices")
+        self.mine = range(rank * self.per_step // world_size, (rank + 1) * self.per_step // world_size)
+        # One epoch's order of blocks is 8 bytes a block; two a source, as an epoch may end within a step.
+        self.permutation = lru_cache(2 * len(self.names))(self._permutation)
+
+    def __len__(self) -> int:
+        return ceil(len(self.order) / self.per_step)
+
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        # RandomState's stream is frozen for good (NEP 19): another numpy resumes on the same blocks.
+        return np.random.RandomState([self.seed, source, epoch]).permutation(self.bins[source].blocks)
+
+    def sequence(self, k: int) -> tuple[int, int]:
+        """Sequence number k of the run as (source, block)."""
+        source, index = int(self.order[k]), int(self.index[k])
+        if self.split == "val":
+            return source, index
+        epoch, place = divmod(index, self.bins[source].blocks)
+        return source, int(self.permutation(source, epoch)[place])
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids = torch.zeros(len(self.mine), self.block_size, dtype=torch.int64)
+        targets = torch.full_like(input_ids, -100)
+        for row, place in enumerate(self.mine):
+            k = step * self.per_step + place
+            if k < len(self.order):
+                source, block = self.sequence(k)
+                tokens = torch.from_numpy(self.bins[source].read(block).astype(np.int64))  # (block_size + 1,)
+                input_ids[row], targets[row] = tokens[:-1], tokens[1:]
+        return input_ids, targets
