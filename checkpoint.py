@@ -1,0 +1,171 @@
+"""Checkpoints that are whole or not there.
+
+    out/NAME/step_00001000/   model.safetensors  optimizer.safetensors  state.json
+    out/NAME/latest, best     text files that name a step directory
+
+A step directory is written under a temporary name, brought to the disk (fsync) and renamed: a process killed at any
+moment, or a full disk, leaves the checkpoints that were there, and nothing that looks like one and is not. The
+weights carry Hugging Face's parameter names. Nothing is pickled.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+
+from config import BadInput
+from model import Llama, ModelConfig
+
+
+def write(path: Path, data: bytes):
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path):
+    """Wait until a directory's entries (new names, renames) are on the disk."""
+    if os.name == "nt":  # Windows keeps its own order, and cannot open a directory
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, data: bytes):
+    """Put a file in the place of an older one; a reader sees the one or the other, never a part."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        write(partial, data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer, state: dict, best: bool, keep: int) -> Path:
+    """Save a checkpoint of state["step"] as the latest, and as the best if it is; return its directory.
+
+    `state` is anything that json can hold. Of the other checkpoints the best and the `keep` newest are kept. Raises
+    OSError when the disk is full, with nothing left behind.
+    """
+    parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+    moments = {f"{key}.{name}": value.detach().cpu().contiguous()
+               for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+    step_dir = out_dir / f"step_{state['step']:08d}"
+    partial = out_dir / f".{step_dir.name}.tmp"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial / "model.safetensors", to_bytes(weights, {"format": "pt"}))
+        write(partial / "optimizer.safetensors", to_bytes(moments, {"format": "pt"}))
+        write(partial / "state.json", json.dumps(state, indent=2).encode())
+        sync_directory(partial)
+        # A directory of this step is here only if a run was killed after the rename below and before `latest` named
+        # it, and has come this way again: no pointer names it, so nothing is lost if we are killed in between.
+        shutil.rmtree(step_dir, ignore_errors=True)
+        partial.rename(step_dir)
+        sync_directory(out_dir)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace(out_dir / "latest", step_dir.name.encode())
+    if best:
+        replace(out_dir / "best", step_dir.name.encode())
+    kept = {(out_dir / name).read_text() for name in ("latest", "best") if (out_dir / name).exists()}
+    for old in sorted(out_dir.glob("step_*"))[:-keep]:
+        if old.name not in kept:
+            shutil.rmtree(old)
+    return step_dir
+
+
+def find(path: Path, which: str = "latest") -> Path:
+    """The step directory that a path means: itself, or the "latest" or "best" of a run's directory.
+
+    A run that has not been evaluated yet has no best: then it is the latest. Raises BadInput where there is none.
+    """
+    if (path / "state.json").is_file():
+        return path
+    pointer = path / which if (path / which).is_file() else path / "latest"
+    if not pointer.is_file():
+        raise BadInput(f"there is no checkpoint in {path}; train one with train.py")
+    step_dir = path / pointer.read_text().strip()
+    if not (step_dir / "state.json").is_file():
+        raise BadInput(f"{pointer} names {step_dir.name}, which is not there; choose another step of {path}")
+    return step_dir
+
+
+def newest_run(out: Path = Path("out")) -> Path:
+    """The run under out/ that was saved last. Raises BadInput where there is none."""
+    pointers = sorted(out.glob("*/latest"), key=lambda pointer: pointer.stat().st_mtime)
+    if not pointers:
+        raise BadInput(f"there is no trained model under {out}/; make one with prepare.py and then train.py")
+    return pointers[-1].parent
+
+
+def read_state(step_dir: Path) -> dict:
+    """What was saved beside the weights. Raises BadInput for a damaged file."""
+    try:
+        return json.loads((step_dir / "state.json").read_text())
+    except ValueError as error:
+        raise BadInput(f"{step_dir / 'state.json'} is damaged: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file. Raises BadInput for a missing or damaged one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise BadInput(f"{path} is missing or damaged: {error}") from error
+
+
+@torch.no_grad()
+def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Load a checkpoint into the model, and into the optimizer if given; return what was saved as its state.
+
+    Every parameter is filled and nothing is left over. Raises BadInput for a damaged checkpoint or one of a model of
+    another shape.
+    """
+    state = read_state(step_dir)
+    parameters = dict(model.named_parameters())
+    weights = read_tensors(step_dir / "model.safetensors")
+    for name in sorted(parameters.keys() | weights.keys()):
+        ours = tuple(parameters[name].shape) if name in parameters else "absent"
+        theirs = tuple(weights[name].shape) if name in weights else "absent"
+        if ours != theirs:
+            raise BadInput(f"{step_dir} holds another model: {name} is {theirs} there and {ours} here; "
+                           f"use the config that it was trained with")
+    for name, p in parameters.items():
+        p.copy_(weights[name])
+    if optimizer is not None:
+        moments = {}  # parameter name -> {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in read_tensors(step_dir / "optimizer.safetensors").items():
+            kind, name = key.split(".", 1)  # exp_avg.model.norm.weight
+            moments.setdefault(name, {})[kind] = value
+        names = {id(p): name for name, p in parameters.items()}
+        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        optimizer.load_state_dict({"state": {i: moments[name] for i, name in enumerate(order) if name in moments},
+                                   "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def load_model(step_dir: Path) -> tuple[Llama, dict]:
+    """The model of a checkpoint, built from the shape saved with it, and its state. Raises BadInput as `load` does."""
+    state = read_state(step_dir)
+    try:
+        model = Llama(ModelConfig(**state["config"]["model"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{step_dir / 'state.json'} does not describe a model: {error!r}") from error
+    load(step_dir, model)
+    return model, state
