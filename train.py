@@ -1,0 +1,324 @@
+"""Train: python train.py [config/NAME.py] [--field=value ...]
+
+One loop, read from the top to the bottom of `main`. A run stops by itself, at --max_minutes, on Ctrl-C or on SIGTERM,
+always with a checkpoint, and `--resume` goes on from it as if it had not stopped: on one CPU, bit for bit.
+"""
+
+import json
+import math
+import shutil
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import backend
+import checkpoint
+import tokenizer
+from config import BadInput, Config, load, script
+from data import Batches, read_meta
+from model import Llama
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The learning rate of optimizer step 1, 2, ... max_steps.
+
+    A linear warmup to the peak; then either half a cosine, to 0 at max_steps (Stentor3 card, Learning Rate Schedule;
+    Loshchilov & Hutter 2017), or the peak until the decay, and a line to 0 just after max_steps ("wsd", Hu et al.
+    2024, MiniCPM).
+    """
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    decay_steps = max(1, round(config.decay_fraction * config.max_steps))
+    return config.learning_rate * min(1.0, (config.max_steps + 1 - step) / (decay_steps + 1))
+
+
+@torch.no_grad()
+def evaluate(model, held_out: dict[str, Batches], device: backend.Backend) -> dict[str, float]:
+    """Mean loss of each source's held-out blocks, in nats per token, summed in float64 over tokens."""
+    losses = {}
+    for name, batches in held_out.items():
+        total, count = 0.0, 0
+        for step in range(len(batches)):
+            input_ids, targets = batches[step]
+            tokens = int((targets != -100).sum())
+            with device.autocast():
+                _, loss = model(device.put(input_ids), device.put(targets))
+            total += loss.item() * tokens
+            count += tokens
+        losses[name] = total / count
+    return losses
+
+
+def mixed(losses: dict[str, float], config: Config, meta: dict) -> dict[str, float]:
+    """Losses by source as the figures of one held-out text in which the sources are mixed by their ratios.
+
+    loss is in nats per token; bits_per_byte divides its bits by the bytes of the decoded text (from meta.json), and
+    so, unlike loss and perplexity, can be compared between vocabularies.
+    """
+    loss, bytes_per_token = 0.0, 0.0
+    for name, source in config.sources.items():
+        counts = meta["sources"][name]["val"]
+        loss += source.ratio * losses[name]
+        bytes_per_token += source.ratio * counts["bytes"] / counts["tokens"]
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": loss / math.log(2) / bytes_per_token}
+
+
+def steps_in_time(minutes: float, model, batches: Batches, held_out: dict, config: Config, device) -> int:
+    """How many optimizer steps fit in so many minutes, evaluations included, at the speed of a few tried here.
+
+    The trial changes nothing: its gradients are thrown away. Knowing the length before the first step, the schedule
+    and the curriculum reach their end, where a run cut off by the clock would miss the anneal.
+    """
+    micro_batch = [tensor[:config.micro_batch_size] for tensor in map(device.put, batches[0])]
+
+    def seconds(work, times: int) -> float:
+        """Median seconds of one call."""
+        taken = []
+        for _ in range(times):
+            device.synchronize()
+            started = time.monotonic()
+            work()
+            device.synchronize()
+            taken.append(time.monotonic() - started)
+        return sorted(taken)[times // 2]
+
+    def forward_backward():
+        with device.autocast():
+            _, loss = model(*micro_batch)
+        loss.backward()
+
+    forward_backward()  # the first call also sets up kernels and memory
+    step_seconds = seconds(forward_backward, 9) * config.sequences_per_step / len(micro_batch[0])
+    model.zero_grad(set_to_none=True)
+    eval_seconds = seconds(lambda: evaluate(model, held_out, device), 1)
+    optimizer_share = 1.08  # AdamW, clipping, checkpoints and reading: measured on the quickstart
+    return max(1, int(60 * minutes / (step_seconds * optimizer_share + eval_seconds / config.eval_interval)))
+
+
+def draw_curves(metrics: list[dict], path: Path):
+    """Training loss, held-out loss and perplexity over steps, as on the Stentor cards."""
+    from matplotlib.figure import Figure  # half a second to import, so only here
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, perplexities = figure.subplots(1, 2)
+    train = [m for m in metrics if "train_loss" in m]
+    val = [m for m in metrics if "val_loss" in m]
+    losses.plot([m["step"] for m in train], [m["train_loss"] for m in train], label="training", color="C0", alpha=0.5)
+    losses.plot([m["step"] for m in val], [m["val_loss"] for m in val], label="held out", color="C1", marker=".")
+    losses.set(title="Loss", xlabel="step", ylabel="nats per token")
+    losses.legend()
+    perplexities.plot([m["step"] for m in val], [m["val_perplexity"] for m in val], color="C1", marker=".")
+    perplexities.set(title="Held-out perplexity", xlabel="step", yscale="log")
+    for axes in (losses, perplexities):
+        axes.grid(alpha=0.3)
+    partial = path.with_suffix(".tmp")
+    figure.savefig(partial, format="png", dpi=110)
+    partial.replace(path)
+
+
+def as_json(config: Config) -> dict:
+    """The config as the JSON that is saved: paths as strings, tuples as lists."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def read_metrics(path: Path, last_step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to a step. A line that a killed run left unfinished is past that step."""
+    metrics = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            break
+    return [m for m in metrics if m["step"] <= last_step]
+
+
+def earlier_checkpoint(config: Config) -> Path | None:
+    """The checkpoint to resume from, or None to start at step 0. Raises BadInput where a run would be lost."""
+    if not (config.out_dir / "latest").exists():
+        return None
+    if config.resume:
+        return checkpoint.find(config.out_dir)
+    if config.overwrite:
+        return None
+    raise BadInput(f"{config.out_dir} holds a run already: add --resume to go on with it, --name another to keep it, "
+                   f"or --overwrite to delete it")
+
+
+def open_run(config: Config, last_step: int) -> list[dict]:
+    """Make the run's directory ready to go on after a step; return what metrics.jsonl holds up to there."""
+    config.out_dir.mkdir(parents=True, exist_ok=True)
+    stale = list(config.out_dir.glob(".*.tmp"))  # left by a run that was killed while it saved
+    if last_step == 0:
+        stale += [config.out_dir / "latest", config.out_dir / "best", *config.out_dir.glob("step_*")]
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    metrics_path = config.out_dir / "metrics.jsonl"
+    metrics = read_metrics(metrics_path, last_step)
+    checkpoint.replace(metrics_path, "".join(json.dumps(m) + "\n" for m in metrics).encode())
+    checkpoint.replace(config.out_dir / "config.json", json.dumps(as_json(config), indent=2).encode())
+    return metrics
+
+
+def announce(config: Config, model: Llama, batches: Batches, device: backend.Backend, compiled: bool, resumed):
+    """Print what is about to run, and as what factors, so that a wrong run is seen before its first step."""
+    c, sequences = config.model, len(batches.mine)
+    micro_batches = math.ceil(sequences / config.micro_batch_size)
+    sources = []
+    for number, (name, source) in enumerate(config.sources.items()):
+        epochs = (batches.order == number).sum() / batches.bins[number].blocks
+        sources.append(f"{name} {source.ratio:.0%} (anneal {source.anneal_ratio:.0%}, {epochs:.2f} epochs)")
+    print(f"model    {model.num_parameters():,} parameters: {c.num_hidden_layers} layers of {c.hidden_size}, "
+          f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads, vocabulary {c.vocab_size:,}")
+    print(f"step     {config.tokens_per_step:,} tokens = {device.world_size} device x {sequences} sequences x "
+          f"{config.block_size} tokens, in {micro_batches} micro-batches")
+    print(f"run      {config.max_steps:,} steps, {config.max_steps * config.tokens_per_step:,} tokens; "
+          f"{config.schedule} to {config.learning_rate:g} after {config.warmup_steps:,} steps of warmup")
+    print(f"data     {config.data_dir}: {', '.join(sources)}")
+    print(f"device   {device.name}, {str(device.dtype).removeprefix('torch.')} products, "
+          f"{'compiled' if compiled else 'eager'}; to {config.out_dir}")
+    if resumed:
+        before, now = resumed["config"], as_json(config)
+        ours = [name for name in now if name not in ("resume", "overwrite", "max_minutes")]
+        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in ours if before.get(name) != now[name]]
+        print(f"resumed  at step {resumed['step']:,}" + (f", with changes: {'; '.join(changed)}" if changed else ""))
+    print(end="", flush=True)
+
+
+def main(argv: list[str]):
+    started = time.monotonic()
+    config = load(argv)
+    meta = read_meta(config)
+    vocabulary = tokenizer.load(config.tokenizer)
+    if vocabulary.sha256 != meta["recipe"]["tokenizer"]["sha256"]:
+        raise BadInput(f"{config.data_dir} was prepared with another vocabulary than {config.tokenizer}")
+    device = backend.pick(config.backend, config.dtype)
+
+    # The model and the optimizer
+    torch.manual_seed(config.seed)
+    model = Llama(config.model).to(device.device)
+    groups = model.parameter_groups(config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+    # Where to start
+    resumed = earlier_checkpoint(config)
+    state = {"step": 0, "best_loss": math.inf}
+    if resumed:
+        state = checkpoint.load(resumed, model, optimizer)
+        if config.train_minutes:  # the length was settled when the run began
+            config = replace(config, max_steps=state["config"]["max_steps"])
+    best_loss = state["best_loss"]
+
+    # The data: what a step reads depends on the step alone
+    batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
+    held_out = {name: Batches(config, "val", name) for name in config.sources}
+
+    step_model = device.compile(model, *map(device.put, held_out[next(iter(held_out))][0])) if config.compile else model
+    if config.train_minutes and not resumed:
+        fitting = steps_in_time(config.train_minutes, step_model, batches, held_out, config, device)
+        if fitting < config.max_steps:
+            print(f"{config.max_steps:,} steps would not fit in {config.train_minutes} minutes here: {fitting:,} will")
+            config = replace(config, max_steps=fitting)
+            batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
+
+    announce(config, model, batches, device, compiled=step_model is not model, resumed=state if resumed else None)
+    metrics = open_run(config, state["step"])
+
+    # Ctrl-C and SIGTERM ask for a stop, and the loop answers between two steps; a second Ctrl-C does not wait.
+    asked = []
+
+    def ask(number, frame):
+        asked.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+
+    def log(entry: dict):
+        metrics.append(entry)
+        with (config.out_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    flops_per_token = model.flops_per_token(config.block_size)
+    step, logged_step, logged_time = state["step"], state["step"], time.monotonic()
+    stopping = None
+    while step < config.max_steps and not stopping:
+        # One optimizer step
+        rate = learning_rate(step + 1, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        input_ids, targets = batches[step]
+        step_loss = 0.0
+        for inputs, labels in zip(input_ids.split(config.micro_batch_size), targets.split(config.micro_batch_size)):
+            with device.autocast():
+                _, loss = step_model(device.put(inputs), device.put(labels))
+            loss = loss * (len(inputs) / len(input_ids))  # the mean over the step, not over the micro-batch
+            loss.backward()
+            step_loss += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # Is it time to stop, to tell, to evaluate?
+        if asked:
+            stopping = asked[0]
+        elif config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
+            stopping = f"--max_minutes {config.max_minutes:g}"
+        last = step == config.max_steps
+        evaluating = step % config.eval_interval == 0 or last
+        if step % config.log_interval == 0 or evaluating or stopping:
+            train_loss, norm = float(step_loss), float(grad_norm)  # waits for the device
+            if not math.isfinite(train_loss + norm):
+                print(f"error: the loss or its gradient is not finite at step {step} (loss {train_loss}, gradient norm "
+                      f"{norm}); the checkpoints before it are kept. Try a smaller --learning_rate.", flush=True)
+                return 1
+            now = time.monotonic()
+            tokens_per_second = (step - logged_step) * config.tokens_per_step / (now - logged_time)
+            logged_step, logged_time = step, now
+            entry = {"step": step, "tokens": step * config.tokens_per_step, "train_loss": train_loss, "grad_norm": norm,
+                     "learning_rate": rate, "tokens_per_second": round(tokens_per_second)}
+            line = (f"step {step:6,}/{config.max_steps:,}  loss {train_loss:.4f}  grad {norm:.2f}  "
+                    f"lr {rate:.2e}  {tokens_per_second:,.0f} tok/s")
+            if device.peak_flops:
+                entry["mfu"] = tokens_per_second * flops_per_token / device.peak_flops
+                line += f"  mfu {entry['mfu']:.1%}"
+            print(line, flush=True)
+            log(entry)
+        if not (evaluating or stopping):
+            continue
+        if evaluating:
+            losses = evaluate(step_model, held_out, device)
+            val = mixed(losses, config, meta)
+            state |= {"val_loss": val["loss"], "bits_per_byte": val["bits_per_byte"]}
+            log({"step": step, **{f"val_{key}": value for key, value in val.items()},
+                 **{f"val_loss_{name}": loss for name, loss in losses.items()}})
+            print(f"held out at step {step:,}: loss {val['loss']:.4f}, perplexity {val['perplexity']:.2f}, "
+                  f"{val['bits_per_byte']:.4f} bits per byte  ("
+                  + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) + ")", flush=True)
+        best = evaluating and val["loss"] < best_loss
+        best_loss = val["loss"] if best else best_loss
+        state |= {"step": step, "best_loss": best_loss, "config": as_json(config),
+                  "tokenizer_sha256": vocabulary.sha256}
+        checkpoint.save(config.out_dir, model, optimizer, state, best, config.keep_checkpoints)
+        logged_time = time.monotonic()  # the speed is that of training alone
+
+    draw_curves(metrics, config.out_dir / "curves.png")
+    minutes = (time.monotonic() - started) / 60
+    if stopping and step < config.max_steps:
+        print(f"stopped by {stopping} at step {step:,} of {config.max_steps:,} after {minutes:.1f} minutes, and saved; "
+              f"go on with the same command and --resume")
+    else:
+        print(f"trained {step:,} steps in {minutes:.1f} minutes: best held-out loss {best_loss:.4f}; "
+              f"{config.out_dir}/curves.png shows the curves")
+    return 0
+
+
+if __name__ == "__main__":
+    script(main)
