@@ -3,7 +3,7 @@
 # make clean   removes what those two made
 
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 RUN = .venv/bin/python
 
 .PHONY: demo test clean
@@ -22,6 +22,7 @@ test: .venv/test
 	$(RUN) -m pytest
 
 .venv/run: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: Python 3.10 or newer is needed (make demo PYTHON=...)")'
 	$(PYTHON) -m venv .venv
 	$(PIP) --requirement requirements.txt
 	touch $@

@@ -53,6 +53,14 @@ def replace(path: Path, data: bytes):
     sync_directory(path.parent)
 
 
+def remove(path: Path):
+    """Delete a step directory; one that is killed half-way has already lost the name that `find` looks for."""
+    doomed = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer, state: dict, best: bool, keep: int) -> Path:
     """Save a checkpoint of state["step"] as the latest, and as the best if it is; return its directory.
 
@@ -74,7 +82,8 @@ def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer, state: d
         sync_directory(partial)
         # A directory of this step is here only if a run was killed after the rename below and before `latest` named
         # it, and has come this way again: no pointer names it, so nothing is lost if we are killed in between.
-        shutil.rmtree(step_dir, ignore_errors=True)
+        if step_dir.exists():
+            remove(step_dir)
         partial.rename(step_dir)
         sync_directory(out_dir)
     except OSError:
@@ -86,7 +95,7 @@ def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer, state: d
     kept = {(out_dir / name).read_text() for name in ("latest", "best") if (out_dir / name).exists()}
     for old in sorted(out_dir.glob("step_*"))[:-keep]:
         if old.name not in kept:
-            shutil.rmtree(old)
+            remove(old)
     return step_dir
 
 
@@ -155,6 +164,9 @@ def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None =
             moments.setdefault(name, {})[kind] = value
         names = {id(p): name for name, p in parameters.items()}
         order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        shapes = {name: parameters[name].shape for name in order}
+        if moments and {name: kinds["exp_avg"].shape for name, kinds in moments.items()} != shapes:
+            raise BadInput(f"{step_dir / 'optimizer.safetensors'} is of another model than model.safetensors beside it")
         optimizer.load_state_dict({"state": {i: moments[name] for i, name in enumerate(order) if name in moments},
                                    "param_groups": optimizer.state_dict()["param_groups"]})
     return state

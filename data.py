@@ -7,7 +7,7 @@ before it gives its block. So resuming needs nothing but the step, and one devic
 
 import json
 from functools import lru_cache
-from math import ceil, floor
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +24,20 @@ def curriculum(early: list[float], late: list[float], anneal_start: float, lengt
     1980): sequence j of a source may not come before the source is owed more than j, and must come before it is owed
     more than j + 1; taking, of the sources that may, the one that must soonest, keeps every such promise.
     """
-    times = [0, anneal_start, length]
-    may, must = [], []  # for each source, the first and last place (exclusive) of its sequence j
-    for before, after in zip(early, late):
-        before, after = max(before, 1e-9), max(after, 1e-9)  # owed nothing: due past the end
-        owed = np.cumsum([0, before * anneal_start, after * (length - anneal_start)])
-        count = ceil(owed[-1]) + 1
-        # the moment at which the source has been owed exactly j; beyond the run it goes on at the last rate
-        when = np.interp(np.arange(count + 1), owed, times)
-        beyond = np.arange(count + 1) > owed[-1]
-        when[beyond] = length + (np.arange(count + 1)[beyond] - owed[-1]) / after
-        may.append([floor(t + 1e-6) for t in when[:-1]])
-        must.append([ceil(t - 1e-6) for t in when[1:]])
+    may, must = [], []  # for each source and j: the first place where its sequence j may stand; the end of the last
+    for before, after in zip(np.array(early) / sum(early), np.array(late) / sum(late)):
+        before, after = max(before, 1e-9 / length), max(after, 1e-9 / length)  # all but nothing, so that `owed` rises
+        owed = np.cumsum([0, before * anneal_start, after * (length - anneal_start), 2])  # 2 more, past the end
+        times = [0, anneal_start, length, length + 2 / after]
+        sequences = np.arange(ceil(owed[-2]) + 1)
+        # A millionth of a sequence makes up for rounding, and for the "all but nothing".
+        may.append(np.floor(np.interp(sequences + 1e-6, owed, times)).astype(int).tolist())
+        must.append(np.ceil(np.interp(sequences + 1 - 1e-6, owed, times)).tolist())
 
-    sources = range(len(early))
     taken = [0] * len(early)
     order = np.empty(length, np.uint8)
     for k in range(length):
-        _, source = min((must[s][taken[s]], s) for s in sources if may[s][taken[s]] <= k)
+        _, _, source = min((may[s][taken[s]] > k, must[s][taken[s]], s) for s in range(len(early)))
         order[k] = source
         taken[source] += 1
     return order
@@ -86,7 +82,11 @@ def read_meta(config: Config) -> dict:
     try:
         meta = json.loads(path.read_text())
         missing = set(config.sources) - set(meta["sources"])
-        vocab_size = meta["vocab_size"]
+        vocab_size = int(meta["vocab_size"])
+        for name in set(config.sources) - missing:
+            counts = meta["sources"][name]
+            if min(counts["train"]["tokens"], counts["val"]["tokens"], counts["val"]["bytes"]) < 0:
+                raise ValueError(f"a negative count for {name}")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged ({error!r}); delete {config.data_dir} and run prepare.py again") from error
     if missing:

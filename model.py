@@ -71,8 +71,8 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"model.num_key_value_heads {self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
         for block in self.fp32_blocks:
             if not -self.num_hidden_layers <= block < self.num_hidden_layers:
                 raise ValueError(f"model.fp32_blocks names block {block}, and there are {self.num_hidden_layers}")

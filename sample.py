@@ -89,20 +89,20 @@ def filter_logits(logits, temperature: float, top_k: int | None, top_p: float | 
 
 
 @torch.no_grad()
-def generate(model: Llama, input_ids: list[int], max_new_tokens: int, temperature: float = 0.0,
+def generate(model: Llama, input_ids, max_new_tokens: int, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
              eos_id: int | None = None, vocab_size: int | None = None,
              generator: torch.Generator | None = None) -> Iterator[int]:
-    """Yield up to max_new_tokens ids that follow input_ids, one at a time, stopping before eos_id.
+    """Yield up to max_new_tokens ids that follow input_ids (T,), a list or tensor, one at a time, until eos_id comes.
 
     temperature 0 takes the likeliest token. vocab_size leaves out the rows of the model that no token has. A text
     that outgrows the context goes on from the newest half of it. The generator must be on the CPU: so a seed gives
     the same text whatever device computed the logits. Raises ValueError for an empty prompt.
     """
-    if not input_ids:
+    ids = torch.as_tensor(input_ids, dtype=torch.int64).flatten().tolist()
+    if not ids:
         raise ValueError("input_ids is empty; begin a document with the end-of-document token")
     context, device = model.config.max_position_embeddings, model.lm_head.weight.device
-    ids = list(input_ids)
     cache = None
     for _ in range(max_new_tokens):
         if cache is None or cache.length == context:
@@ -126,14 +126,18 @@ def generate(model: Llama, input_ids: list[int], max_new_tokens: int, temperatur
         yield token
 
 
-def prompt_ids(vocabulary, prompt: str) -> list[int]:
-    """Token ids of a prompt, after the end-of-document id that every document of the training data follows.
+def clean_prompt(prompt: str) -> str:
+    """The prompt normalised as the training text was, and without one space at its end.
 
-    The text is normalised as the training text was. One space at its end is left off: the vocabulary writes a space
-    together with the word after it, so a prompt of "1 + 1 = " asks for a word that begins without one.
+    The vocabulary writes a space together with the word after it, so "1 + 1 = " would ask for a word without one.
     """
     text = unicodedata.normalize("NFKC", prompt).replace("\r\n", "\n").replace("\r", "\n")
-    return [vocabulary.eos_id, *vocabulary.encode(re.sub(r"(?<=\S) $", "", text)).tolist()]
+    return re.sub(r"(?<=\S) \Z", "", text)
+
+
+def prompt_ids(vocabulary, prompt: str) -> list[int]:
+    """Token ids of a prompt, after the end-of-document id that every document of the training data follows."""
+    return [vocabulary.eos_id, *vocabulary.encode(clean_prompt(prompt)).tolist()]
 
 
 def run_quiz(path: Path, model: Llama, vocabulary):
@@ -191,7 +195,7 @@ def main(argv: list[str]):
                 note(f"[sample {number + 1} of {options.num_samples}]")
             started, count = time.monotonic(), 0
             stream = vocabulary.stream()
-            print(options.prompt.removesuffix(" "), end="", flush=True)
+            print(clean_prompt(options.prompt), end="", flush=True)
             temperature = 0.0 if options.greedy else options.temperature
             for token in generate(model, input_ids, options.max_new_tokens, temperature, options.top_k, options.top_p,
                                   options.repetition_penalty, vocabulary.eos_id, vocabulary.vocab_size, generator):

@@ -70,36 +70,14 @@ def mixed(losses: dict[str, float], config: Config, meta: dict) -> dict[str, flo
             "bits_per_byte": loss / math.log(2) / bytes_per_token}
 
 
-def steps_in_time(minutes: float, model, batches: Batches, held_out: dict, config: Config, device) -> int:
-    """How many optimizer steps fit in so many minutes, evaluations included, at the speed of a few tried here.
+def fit(config: Config, longest: int, step: int, seconds: float) -> Config:
+    """The config with max_steps set so that the run will take about train_minutes, at `longest` steps at the most.
 
-    The trial changes nothing: its gradients are thrown away. Knowing the length before the first step, the schedule
-    and the curriculum reach their end, where a run cut off by the clock would miss the anneal.
+    `seconds` is what the first `step` steps took, evaluations included. Until its decay begins a wsd run is the same
+    however long it will be, so the clock may still decide; so is the order of its data, until the anneal.
     """
-    micro_batch = [tensor[:config.micro_batch_size] for tensor in map(device.put, batches[0])]
-
-    def seconds(work, times: int) -> float:
-        """Median seconds of one call."""
-        taken = []
-        for _ in range(times):
-            device.synchronize()
-            started = time.monotonic()
-            work()
-            device.synchronize()
-            taken.append(time.monotonic() - started)
-        return sorted(taken)[times // 2]
-
-    def forward_backward():
-        with device.autocast():
-            _, loss = model(*micro_batch)
-        loss.backward()
-
-    forward_backward()  # the first call also sets up kernels and memory
-    step_seconds = seconds(forward_backward, 9) * config.sequences_per_step / len(micro_batch[0])
-    model.zero_grad(set_to_none=True)
-    eval_seconds = seconds(lambda: evaluate(model, held_out, device), 1)
-    optimizer_share = 1.08  # AdamW, clipping, checkpoints and reading: measured on the quickstart
-    return max(1, int(60 * minutes / (step_seconds * optimizer_share + eval_seconds / config.eval_interval)))
+    left = 60 * config.train_minutes - seconds
+    return replace(config, max_steps=min(longest, step + max(1, int(left / (seconds / step)))))
 
 
 def draw_curves(metrics: list[dict], path: Path):
@@ -208,24 +186,19 @@ def main(argv: list[str]):
 
     # Where to start
     resumed = earlier_checkpoint(config)
-    state = {"step": 0, "best_loss": math.inf}
+    state = {"step": 0, "seconds": 0.0, "best_loss": math.inf}
+    longest = config.max_steps
     if resumed:
         state = checkpoint.load(resumed, model, optimizer)
-        if config.train_minutes:  # the length was settled when the run began
+        if config.train_minutes:
             config = replace(config, max_steps=state["config"]["max_steps"])
-    best_loss = state["best_loss"]
+    best_loss, earlier_seconds = state["best_loss"], state["seconds"]
 
     # The data: what a step reads depends on the step alone
     batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
     held_out = {name: Batches(config, "val", name) for name in config.sources}
 
     step_model = device.compile(model, *map(device.put, held_out[next(iter(held_out))][0])) if config.compile else model
-    if config.train_minutes and not resumed:
-        fitting = steps_in_time(config.train_minutes, step_model, batches, held_out, config, device)
-        if fitting < config.max_steps:
-            print(f"{config.max_steps:,} steps would not fit in {config.train_minutes} minutes here: {fitting:,} will")
-            config = replace(config, max_steps=fitting)
-            batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
 
     announce(config, model, batches, device, compiled=step_model is not model, resumed=state if resumed else None)
     metrics = open_run(config, state["step"])
@@ -302,9 +275,14 @@ def main(argv: list[str]):
             print(f"held out at step {step:,}: loss {val['loss']:.4f}, perplexity {val['perplexity']:.2f}, "
                   f"{val['bits_per_byte']:.4f} bits per byte  ("
                   + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) + ")", flush=True)
+        seconds = earlier_seconds + time.monotonic() - started
+        if config.train_minutes and step <= (1 - config.decay_fraction) * config.max_steps:
+            config = fit(config, longest, step, seconds)
+            batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
+            print(f"at this pace {config.max_steps:,} steps fit into {config.train_minutes:g} minutes", flush=True)
         best = evaluating and val["loss"] < best_loss
         best_loss = val["loss"] if best else best_loss
-        state |= {"step": step, "best_loss": best_loss, "config": as_json(config),
+        state |= {"step": step, "seconds": seconds, "best_loss": best_loss, "config": as_json(config),
                   "tokenizer_sha256": vocabulary.sha256}
         checkpoint.save(config.out_dir, model, optimizer, state, best, config.keep_checkpoints)
         logged_time = time.monotonic()  # the speed is that of training alone

@@ -69,7 +69,7 @@ class Config:
     max_steps: int = 1000
     """Optimizer steps in the run."""
     train_minutes: float | None = None
-    """Make the run shorter than max_steps if need be, so that it takes about this many minutes here."""
+    """Make the run shorter than max_steps if need be, so that it takes about this many minutes (wsd only)."""
     max_minutes: float | None = None
     """Save and stop after this many minutes, to be continued with --resume (a Kaggle session, say)."""
 
@@ -118,9 +118,19 @@ class Config:
             raise ValueError(f"name is {self.name!r}; it must be the plain name of a directory under out/")
         self.data_dir = Path(self.data_dir)  # so that a preset may write it as a string
         for name in ("block_size", "tokens_per_step", "micro_batch_size", "max_steps", "log_interval", "eval_interval",
-                     "keep_checkpoints"):
-            if getattr(self, name) < 1:
+                     "eval_blocks", "keep_checkpoints"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "eps", "max_grad_norm", "train_minutes", "max_minutes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:  # so written, NaN is refused too
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        for name in ("anneal_fraction", "warmup_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}; each must be at least 0 and less than 1")
         if self.tokens_per_step % self.block_size:
             raise ValueError(f"tokens_per_step {self.tokens_per_step} is not a multiple of "
                              f"block_size {self.block_size}")
@@ -131,8 +141,8 @@ class Config:
             ratios = [getattr(source, kind) for source in self.sources.values()]
             if ratios and (min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6):
                 raise ValueError(f"the {kind} of the sources are {ratios}; they must not be negative, and sum to 1")
-        if not 0 <= self.anneal_fraction <= 1:
-            raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must lie between 0 and 1")
+        if self.train_minutes and self.schedule != "wsd":
+            raise ValueError("train_minutes needs --schedule wsd: a cosine must know its length from the start")
 
     @property
     def out_dir(self) -> Path:
@@ -192,6 +202,9 @@ def load(argv: list[str]) -> Config:
         raise BadInput(f"{path} is not a run: {type(error).__name__}: {error}") from error
     if not isinstance(default, Config):
         raise BadInput(f"{path} does not bind `config` to a Config")
+    model = default.model
+    if model.head_dim == model.hidden_size // model.num_attention_heads:
+        model.head_dim = None  # it followed from the width, and is to follow from that of the command line
     return parse(Config, options, default)
 
 

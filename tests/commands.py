@@ -1,0 +1,37 @@
+"""The scripts as a user runs them: whole processes, in a directory of their own."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(script, *arguments, cwd, **options):
+    """Start a script of the project; its output is collected as text."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}, **options)
+
+
+def run(script, *arguments, cwd, **options):
+    """Run a script to its end -> (exit code, stdout, stderr)."""
+    process = start(script, *arguments, cwd=cwd, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def refused(result, *words):
+    """Assert that a script ended as on bad input: code 2, one line on stderr that says these words, no traceback."""
+    code, _, err = result
+    assert code == 2, result
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
+    for word in words:
+        assert word in err, (word, err)
+
+
+def metrics(run_dir):
+    """metrics.jsonl of a run, without the one figure that depends on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]

@@ -1,0 +1,255 @@
+"""train.py: that it learns, that it stops and goes on exactly, and that it says what is wrong in one line."""
+import json
+import math
+import os
+import random
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import backend
+import train
+from config import Config, load
+from data import Batches, read_meta
+from model import Llama, ModelConfig
+from tests.commands import metrics, refused, run, start
+
+# Small enough for a step in milliseconds; with the curriculum, accumulation and every source in play.
+TINY = ["--model.hidden_size=32", "--model.intermediate_size=64", "--model.num_hidden_layers=2",
+        "--model.num_attention_heads=4", "--model.num_key_value_heads=2", "--model.head_dim=8",
+        "--model.max_position_embeddings=32", "--model.fp32_blocks", "0", "--block_size=32", "--tokens_per_step=256",
+        "--micro_batch_size=4", "--max_steps=60", "--train_minutes=None", "--max_minutes=None", "--log_interval=1",
+        "--eval_interval=3", "--eval_blocks=4", "--learning_rate=1e-3"]
+
+
+@pytest.fixture
+def tiny(quickstart_data):
+    """The command line of a tiny run on the embedded data."""
+    return ["--data_dir", str(quickstart_data), *TINY]
+
+
+@pytest.fixture(scope="module")
+def whole_run(quickstart_data, tmp_path_factory):
+    """A tiny run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    code, out, err = run("train.py", "--data_dir", quickstart_data, *TINY, cwd=directory)
+    assert code == 0, (out, err)
+    return directory / "out" / "quickstart"
+
+
+def same_run(run_dir, whole_run):
+    """Assert that two runs logged the same figures and ended with the same bytes."""
+    assert metrics(run_dir) == metrics(whole_run)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        end = "step_00000060"
+        assert (run_dir / end / name).read_bytes() == (whole_run / end / name).read_bytes(), name
+    assert (run_dir / "best").read_text() == (whole_run / "best").read_text()
+
+
+def wait_for_lines(path, count, process):
+    """Wait until a file has so many lines, or the process has ended."""
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < count):
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_a_killed_run_resumes_bit_for_bit(tiny, whole_run, tmp_path, attempt):
+    """SIGKILL at a random moment, in the middle of saving as likely as not, twice; then to the end."""
+    seed = random.SystemRandom().randrange(2**32)
+    rng = random.Random(seed)
+    run_dir = tmp_path / "out" / "quickstart"
+    lines = 0
+    for _ in range(2):
+        lines = rng.randint(lines, lines + 40)
+        process = start("train.py", *tiny, "--resume", cwd=tmp_path)
+        wait_for_lines(run_dir / "metrics.jsonl", lines, process)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        process.communicate()
+    code, out, err = run("train.py", *tiny, "--resume", cwd=tmp_path)
+    assert code == 0, (seed, out, err)
+    same_run(run_dir, whole_run)
+    assert not list(run_dir.glob(".*")), seed  # what the killed saves left is gone
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_resumes(tiny, whole_run, tmp_path, number):
+    """SIGTERM and Ctrl-C: a checkpoint at the very step, a line that says so, exit code 0, and the rest as it was."""
+    process = start("train.py", *tiny, cwd=tmp_path)
+    wait_for_lines(tmp_path / "out/quickstart/metrics.jsonl", random.randint(1, 60), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == "", (out, err)
+    last = out.strip().splitlines()[-1]
+    assert f"stopped by {number.name}" in last and "--resume" in last
+    assert run("train.py", *tiny, "--resume", cwd=tmp_path)[0] == 0
+    # The stop itself logs its step, as every step is logged here: so nothing differs at all.
+    same_run(tmp_path / "out" / "quickstart", whole_run)
+
+
+def test_max_minutes(tiny, tmp_path):
+    code, out, _ = run("train.py", *tiny, "--max_minutes=0.0001", cwd=tmp_path)
+    assert code == 0 and "stopped by --max_minutes" in out
+    assert (tmp_path / "out/quickstart/latest").read_text() == "step_00000001"
+
+
+def test_train_minutes_fits_the_run(tiny, tmp_path):
+    """A run that would take too long is made shorter while it runs, decays in full, and stays at that length."""
+    tiny = [*tiny, "--max_steps=20000", "--train_minutes=0.15", "--log_interval=1", "--eval_interval=20"]
+    started = time.monotonic()
+    code, out, err = run("train.py", *tiny, cwd=tmp_path)
+    assert code == 0 and "steps fit into 0.15 minutes" in out, (out, err)
+    assert time.monotonic() - started < 60
+    run_dir = tmp_path / "out" / "quickstart"
+    steps = json.loads((run_dir / (run_dir / "latest").read_text() / "state.json").read_text())["step"]
+    rates = [m["learning_rate"] for m in metrics(run_dir) if "learning_rate" in m]
+    assert steps == len(rates) < 20_000 and max(rates) == 1e-3 and rates[-1] < 1e-4
+    code, out, _ = run("train.py", *tiny, "--resume", cwd=tmp_path)
+    assert code == 0 and f"trained {steps:,} steps" in out
+
+
+def test_the_length_may_change_before_the_anneal(quickstart_data, rng):
+    """A longer run reads the same sequences as a shorter one up to where the shorter one's anneal begins."""
+    for _ in range(5):
+        short, long = sorted(rng.sample(range(60, 400), 2))
+        one, other = (Batches(load(["--data_dir", str(quickstart_data), f"--max_steps={n}"]), "train")
+                      for n in (short, long))
+        same = int(0.8 * len(one.order))  # the anneal is the last 15%; a few sequences before look ahead to it
+        assert [one.sequence(k) for k in range(same)] == [other.sequence(k) for k in range(same)]
+
+
+def test_a_run_is_not_overwritten_by_accident(tiny, whole_run, tmp_path):
+    short = [*tiny, "--max_steps=3"]
+    assert run("train.py", *short, cwd=tmp_path)[0] == 0
+    before = (tmp_path / "out/quickstart/metrics.jsonl").read_bytes()
+    refused(run("train.py", *short, cwd=tmp_path), "--resume", "--overwrite", "--name")
+    assert (tmp_path / "out/quickstart/metrics.jsonl").read_bytes() == before
+    refused(run("train.py", *short, "--resume", "--model.intermediate_size=72", cwd=tmp_path), "down_proj", "72")
+    assert run("train.py", *short, "--overwrite", "--seed=1", cwd=tmp_path)[0] == 0
+    assert (tmp_path / "out/quickstart/metrics.jsonl").read_bytes() != before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    """With the step, exit code 1, and no checkpoint of it."""
+    code, out, _ = run("train.py", *tiny, "--learning_rate=1e30", "--max_grad_norm=1e30", cwd=tmp_path)
+    assert code == 1
+    last = out.strip().splitlines()[-1]
+    step = int(last.split("at step ")[1].split()[0])
+    assert "not finite" in last and "learning_rate" in last
+    run_dir = tmp_path / "out" / "quickstart"
+    assert all(int(path.name.split("_")[1]) < step for path in run_dir.glob("step_*"))
+    assert all(math.isfinite(m.get("train_loss", 0)) for m in metrics(run_dir))
+
+
+def test_full_disk_while_saving(tiny, tmp_path):
+    """Files of 200 kB at most, which the weights are more than: one line, exit code 2, nothing half-written."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    refused(run("train.py", *tiny, cwd=tmp_path, preexec_fn=limit))
+    run_dir = tmp_path / "out" / "quickstart"
+    assert not list(run_dir.glob("step_*")) and not list(run_dir.glob(".*")) and not (run_dir / "latest").exists()
+
+
+def test_bad_input(tiny, tmp_path, quickstart_data):
+    refused(run("train.py", "--blok_size=3", cwd=tmp_path), "--blok_size", "--block_size")
+    refused(run("train.py", "--max_steps=many", cwd=tmp_path), "max_steps", "many")
+    refused(run("train.py", "config/none.py", cwd=tmp_path), "config/none.py", "config/quickstart.py")
+    refused(run("train.py", cwd=tmp_path), "no prepared data in data/quickstart", "prepare.py")
+    refused(run("train.py", *tiny, "--model.vocab_size=100", cwd=tmp_path), "2048", "100")
+    refused(run("train.py", *tiny, "--tokenizer", "nowhere", cwd=tmp_path), "nowhere")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in quickstart_data.iterdir():
+        os.link(path, damaged / path.name)
+    ids = np.fromfile(damaged / "code.bin", np.uint16)
+    ids[random.randrange(len(ids))] = 2048
+    (damaged / "code.bin").unlink()
+    ids.tofile(damaged / "code.bin")
+    refused(run("train.py", *tiny, "--data_dir", damaged, cwd=tmp_path), "code.bin", "2048")
+    ids[:-1].tofile(damaged / "code.bin")
+    refused(run("train.py", *tiny, "--data_dir", damaged, cwd=tmp_path), "code.bin", "meta.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_leaves(whole_run):
+    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["block_size"] == 32 and config["model"]["hidden_size"] == 32
+    entries = metrics(whole_run)
+    assert [m["step"] for m in entries if "train_loss" in m] == list(range(1, 61))
+    evaluated = [m for m in entries if "val_loss" in m]
+    assert [m["step"] for m in evaluated] == list(range(3, 61, 3))
+    assert evaluated[-1]["val_loss"] < evaluated[0]["val_loss"] - 0.2  # it learns
+    assert (whole_run / "latest").read_text() == "step_00000060"
+    assert len(list(whole_run.glob("step_*"))) <= 3  # the two newest and the best
+
+
+def test_micro_batches_do_not_change_the_run(tiny, whole_run, tmp_path):
+    """One forward pass of 8 sequences, or accumulation over passes of 3, 3 and 2: the same losses to FP32 rounding."""
+    for size in (8, 3):
+        directory = tmp_path / str(size)
+        directory.mkdir()
+        code, _, err = run("train.py", *tiny, "--dtype=float32", f"--micro_batch_size={size}", "--max_steps=8",
+                           "--schedule=cosine", cwd=directory)
+        assert code == 0, err
+    ours, theirs = ([m["train_loss"] for m in metrics(tmp_path / size / "out/quickstart") if "train_loss" in m]
+                    for size in ("8", "3"))
+    assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 8
+
+
+def test_compile_falls_back(tiny, tmp_path):
+    """Without a C++ compiler torch.compile fails: one line says so, and the run goes on."""
+    environment = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    code, out, err = run("train.py", *tiny, "--compile", "--max_steps=3", cwd=tmp_path, env=environment)
+    assert code == 0, (out, err)
+    assert len([line for line in out.splitlines() if line.startswith("torch.compile failed")]) == 1
+    assert "eager" in out and "trained 3 steps" in out
+
+
+def test_learning_rate():
+    """The Stentor3 card's schedule at the steps that arithmetic gives, and the shape of the other."""
+    config = Config(max_steps=32_425, learning_rate=8e-4, warmup_fraction=0.05)
+    assert config.warmup_steps == 1621
+    assert train.learning_rate(1, config) == pytest.approx(8e-4 / 1621)
+    assert train.learning_rate(1621, config) == pytest.approx(8e-4)
+    assert train.learning_rate(17_023, config) == pytest.approx(4e-4)
+    assert train.learning_rate(32_425, config) == pytest.approx(0, abs=1e-12)
+    config = Config(max_steps=100, learning_rate=1.0, schedule="wsd", warmup_fraction=0.1, decay_fraction=0.2)
+    rates = [train.learning_rate(step, config) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[10:80] == [1.0] * 70
+    assert rates[80:] == pytest.approx([1 - n / 21 for n in range(1, 21)])
+
+
+def test_evaluation_against_float64(quickstart_data, rng):
+    """Loss and bits per byte of held-out text, worked out from the logits of one block after the other."""
+    model_config = ModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
+    blocks = rng.randint(1, 9)
+    config = load(["--data_dir", str(quickstart_data), "--block_size=64", "--tokens_per_step=640",
+                   "--micro_batch_size=4", f"--eval_blocks={blocks}"])
+    config.model = model_config
+    model = Llama(model_config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # so that the losses differ from one token to the next
+    held_out = {name: Batches(config, "val", name) for name in config.sources}
+    losses = train.evaluate(model, held_out, backend.pick("cpu", "float32"))
+    meta = read_meta(config)
+    bits, length = 0.0, 0.0
+    for name, source in config.sources.items():
+        ids = torch.from_numpy(np.fromfile(quickstart_data / f"{name}_val.bin", np.uint16).astype(np.int64))
+        nats = []
+        for block in range(blocks):
+            tokens = ids[block * 64:block * 64 + 65]
+            with torch.no_grad():
+                logits = model(tokens[None, :-1])[0][0].double()
+            nats += (logits.logsumexp(-1) - logits[torch.arange(64), tokens[1:]]).tolist()
+        assert losses[name] == pytest.approx(np.mean(nats), rel=1e-5)
+        bits += source.ratio * np.mean(nats) / np.log(2)
+        length += source.ratio * meta["sources"][name]["val"]["bytes"] / meta["sources"][name]["val"]["tokens"]
+    figures = train.mixed(losses, config, meta)
+    assert figures["bits_per_byte"] == pytest.approx(bits / length, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
