@@ -12,9 +12,9 @@ demo: .venv/run
 	$(RUN) prepare.py
 	$(RUN) train.py --resume
 	@echo; echo "--- Python"
-	@$(RUN) sample.py --checkpoint out/quickstart --prompt "def " --max_new_tokens 120 --temperature 0.6 --seed 1
+	@$(RUN) sample.py --checkpoint out/quickstart --prompt "def read(" --max_new_tokens 120 --temperature 0.7 --seed 3
 	@echo; echo "--- documentation"
-	@$(RUN) sample.py --checkpoint out/quickstart --prompt "Return the " --max_new_tokens 80 --temperature 0.6 --seed 1
+	@$(RUN) sample.py --checkpoint out/quickstart --prompt "This function" --max_new_tokens 80 --temperature 0.7 --seed 3
 	@echo; echo "--- sums that no training document holds"
 	@$(RUN) sample.py --checkpoint out/quickstart --quiz data/quickstart/math_quiz.jsonl
 

@@ -156,7 +156,8 @@ def announce(config: Config, model: Llama, batches: Batches, device: backend.Bac
           f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads, vocabulary {c.vocab_size:,}")
     print(f"step     {config.tokens_per_step:,} tokens = {device.world_size} device x {sequences} sequences x "
           f"{config.block_size} tokens, in {micro_batches} micro-batches")
-    print(f"run      {config.max_steps:,} steps, {config.max_steps * config.tokens_per_step:,} tokens; "
+    print(f"run      {'up to ' if config.train_minutes else ''}{config.max_steps:,} steps, "
+          f"{config.max_steps * config.tokens_per_step:,} tokens; "
           f"{config.schedule} to {config.learning_rate:g} after {config.warmup_steps:,} steps of warmup")
     print(f"data     {config.data_dir}: {', '.join(sources)}")
     print(f"device   {device.name}, {str(device.dtype).removeprefix('torch.')} products, "

@@ -203,7 +203,7 @@ def load(argv: list[str]) -> Config:
     if not isinstance(default, Config):
         raise BadInput(f"{path} does not bind `config` to a Config")
     model = default.model
-    if model.head_dim == model.hidden_size // model.num_attention_heads:
+    if model.head_dim * model.num_attention_heads == model.hidden_size:
         model.head_dim = None  # it followed from the width, and is to follow from that of the command line
     return parse(Config, options, default)
 

@@ -41,7 +41,7 @@ def refused(argv, *words):
     with pytest.raises(BadInput) as refusal:
         load(argv)
     message = str(refusal.value)
-    assert "\n" not in message and "│" not in message and all(word in message for word in words), message
+    assert not re.search("\n|│|─|\x1b", message) and all(word in message for word in words), message
 
 
 # -----------------------------------------------------------------------------
@@ -105,6 +105,14 @@ def test_head_dim_follows_the_width(preset, words):
     assert load([preset(), *words.split()]).model.head_dim == 16
 
 
+@pytest.mark.parametrize("own, words", [("head_dim=4", ""), ("head_dim=4", "--model.hidden_size 96"),
+                                        ("head_dim=8, hidden_size=50", "")])
+def test_head_dim_of_a_preset_stays(preset, own, words):
+    """A head_dim that the preset sets is kept, also where the width does not divide into the heads."""
+    text = PRESET.replace("hidden_size=48", own if "hidden" in own else f"hidden_size=48, {own}")
+    assert f"head_dim={load([preset(text), *words.split()]).model.head_dim}" in own
+
+
 @pytest.mark.parametrize("max_steps, fraction, warmup_steps", [
     (100, 0.05, 5), (1000, 0.0, 1), (3, 0.1, 1), (10, 1, 10)])
 def test_what_follows_from_the_values(max_steps, fraction, warmup_steps):
@@ -141,6 +149,9 @@ def test_what_follows_from_the_values(max_steps, fraction, warmup_steps):
     ("--name ../elsewhere", ["name"]),
     ("--name=", ["name"]), ("--learning_rate nan", ["learning_rate"]),
     ("--learning_rate -1", ["learning_rate"]),
+    ("--warmup_fraction 3", ["warmup_fraction is 3"]), ("--decay_fraction -1", ["decay_fraction is -1"]),
+    ("--max_grad_norm 0", ["max_grad_norm is 0"]), ("--max_minutes 0", ["max_minutes is 0"]),
+    ("--train_minutes nan --schedule wsd", ["train_minutes is nan"]), ("--train_minutes 1", ["wsd"]),
     ("--weight_decay -1", ["weight_decay"]), ("--betas 0.9 1.5", ["betas"]), ("--eps -1", ["eps"]),
 ])
 def test_refused_options(preset, words, named):
@@ -174,6 +185,21 @@ def test_refusal_of_a_command(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "--block_size " in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="opens a pseudo-terminal")
+def test_refusal_on_a_terminal(tmp_path):
+    """On a narrow terminal, for which the parser would draw coloured frames, it is the same plain line."""
+    import pty
+    reader, terminal = pty.openpty()
+    done = subprocess.run([sys.executable, REPOSITORY / "train.py", "--block_sizes", "4"], cwd=tmp_path,
+                          env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "40"},
+                          stdin=terminal, stdout=terminal, stderr=terminal)
+    shown = os.read(reader, 10_000).decode()
+    os.close(terminal)
+    os.close(reader)
+    assert done.returncode == 2 and re.match("error: .*--block_size INT", shown), shown
+    assert not re.search("\x1b|│|─|--help", shown) and shown.count("\n") == 1, shown
 
 
 @pytest.mark.parametrize("error, code, line", [

@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers(rng, length):
 
 @pytest.mark.parametrize("case", range(8))
 def test_loss_and_gradients_are_those_of_transformers(rng, case):
-    """The loss agrees to 1e-5 of itself, and every gradient to 1e-4 of its norm."""
+    """The loss agrees to 1e-5 of itself, every gradient to 1e-4 of its norm (1e-6 of all, where it is 0)."""
     model = llama(random_shape(rng))
     theirs = transformers_llama(model)
     ids = random_ids(rng, model.config, length=model.config.max_position_embeddings + 1)
@@ -84,8 +84,9 @@ def test_loss_and_gradients_are_those_of_transformers(rng, case):
     loss.backward()
     their_loss.backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    total = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     for name, p in model.named_parameters():
-        assert (p.grad - gradients.pop(name)).norm() <= 1e-4 * p.grad.norm() + 1e-7, (name, model.config)
+        assert (p.grad - gradients.pop(name)).norm() < 1e-4 * p.grad.norm() + 1e-6 * total, (name, model.config)
     assert not gradients
 
 
@@ -105,11 +106,10 @@ def test_loss_by_hand(rng):
 
 @torch.no_grad()
 def test_loss_in_fp32(rng):
-    """Of bf16 logits, as autocast makes them, the loss is computed in FP32."""
-    model = llama(shape())
+    """Of bf16 logits the loss is computed in FP32, also where autocast does not see to it."""
+    model = llama(shape(fp32_blocks=())).bfloat16()
     ids, targets = random_ids(rng, model.config, 4, 16), random_ids(rng, model.config, 4, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, loss = model(ids, targets)
+    logits, loss = model(ids, targets)
     assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
     exact = torch.nn.functional.cross_entropy(logits.double().view(-1, 61), targets.view(-1))
     assert loss.item() == pytest.approx(exact.item(), abs=1e-6)

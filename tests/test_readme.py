@@ -1,0 +1,37 @@
+"""The README is the front door: what it says about the files must be so."""
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COUNTS = re.findall(r"\[\S+\]\((\S+\.py)\) \| (\d+) \|", README)
+
+
+@pytest.mark.parametrize("file, lines", COUNTS)
+def test_line_counts(file, lines):
+    """The reading order's line counts are right to a tenth."""
+    assert len((ROOT / file).read_text().splitlines()) == pytest.approx(int(lines), rel=0.1)
+
+
+def test_every_room_is_in_the_reading_order():
+    listed = {file for file, _ in COUNTS} | {"bench.py"}
+    assert listed == {path.name for path in ROOT.glob("*.py")} | {f"config/{p.name}" for p in ROOT.glob("config/*.py")}
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_commands_are_the_makefiles():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`?make (\w+)", README)) <= set(targets)
+
+
+def test_options_exist():
+    """Every --option of the README is one that a script has."""
+    text = "".join((ROOT / name).read_text() for name in ("config/__init__.py", "sample.py", "model.py"))
+    for option in set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)?)", README)) - {"help"}:
+        assert re.search(rf"^    {option.split('.')[-1]}: ", text, re.MULTILINE), option
