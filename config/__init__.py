@@ -11,6 +11,7 @@ The library tyro makes the command line from the dataclass, so `--help` lists ev
 import contextlib
 import io
 import os
+import re
 import runpy
 import sys
 from dataclasses import dataclass, field, fields
@@ -182,9 +183,10 @@ def parse(cls, argv: list[str], default=None):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip("│╭╮╰╯─ \n") for line in message.getvalue().splitlines()[1:]]
-        lines = [line for line in lines if line and not line.startswith("For full helptext")]
-        raise BadInput(" ".join(lines).removeprefix(f"Error parsing {cls.__name__}: ")) from None
+        plain = re.sub(r"\x1b\[[\d;]*m", "", message.getvalue())  # on a terminal the message comes in colour
+        lines = [line.strip("│╭╮╰╯─ \n") for line in plain.splitlines()[1:]]  # the first is the frame's title
+        text = " ".join(line for line in lines if line).partition("For full helptext")[0]
+        raise BadInput(text.strip().removeprefix(f"Error parsing {cls.__name__}: ")) from None
 
 
 def load(argv: list[str]) -> Config:
