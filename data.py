@@ -153,6 +153,8 @@ class Batches:
         return source, int(self.permutation(source, epoch)[place])
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}")
         input_ids = torch.zeros(len(self.mine), self.block_size, dtype=torch.int64)
         targets = torch.full_like(input_ids, -100)
         for row, place in enumerate(self.mine):

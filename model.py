@@ -73,6 +73,7 @@ class ModelConfig:
                              f"model.num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
+        self.fp32_blocks = tuple(self.fp32_blocks)  # a list where the shape was read from JSON
         for block in self.fp32_blocks:
             if not -self.num_hidden_layers <= block < self.num_hidden_layers:
                 raise ValueError(f"model.fp32_blocks names block {block}, and there are {self.num_hidden_layers}")
@@ -98,7 +99,7 @@ def rope_table(length: int, head_dim: int, theta: float):
 
     Pair j of a head turns by position / theta^(2j / head_dim) radians (Su et al. 2021, eq. 15).
     """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2)
     angles = torch.outer(torch.arange(length).float(), frequencies)  # (length, D/2)
     return angles.cos(), angles.sin()
 

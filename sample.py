@@ -61,10 +61,12 @@ class Options:
         """Raises ValueError, in one line, for values that no distribution has."""
         checks = {"max_new_tokens": self.max_new_tokens >= 1, "temperature": self.temperature > 0,
                   "top_k": self.top_k is None or self.top_k >= 1, "top_p": self.top_p is None or 0 < self.top_p <= 1,
-                  "repetition_penalty": self.repetition_penalty > 0, "num_samples": self.num_samples >= 1}
+                  "repetition_penalty": self.repetition_penalty > 0, "num_samples": self.num_samples >= 1,
+                  "seed": self.seed is None or 0 <= self.seed < 2**63}
         for name, good in checks.items():
             if not good:
-                raise ValueError(f"{name} is {getattr(self, name)}, out of range (--greedy takes the likeliest token)")
+                raise ValueError(f"{name} is {getattr(self, name)}, which is out of range"
+                                 + ("; --greedy takes the likeliest token" if name == "temperature" else ""))
 
 
 def penalize_repetition(logits, seen, penalty: float):
@@ -131,6 +133,7 @@ def clean_prompt(prompt: str) -> str:
 
     The vocabulary writes a space together with the word after it, so "1 + 1 = " would ask for a word without one.
     """
+    prompt = prompt.encode("utf-8", "replace").decode()  # bytes that were no UTF-8 become "?"
     text = unicodedata.normalize("NFKC", prompt).replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(r"(?<=\S) \Z", "", text)
 
@@ -144,7 +147,7 @@ def run_quiz(path: Path, model: Llama, vocabulary):
     """Continue each prompt of a quiz greedily; print how many first words are the answer, and some of both kinds."""
     try:
         questions = [json.loads(line) for line in path.read_text().splitlines()]
-        pairs = [(question["prompt"], question["answer"]) for question in questions]
+        pairs = [(str(question["prompt"]), str(question["answer"])) for question in questions]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a quiz, lines of {{\"prompt\": ..., \"answer\": ...}}: {error!r}") from error
     if not pairs:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import BadInput, Config, Source
+from config import BadInput, Config, Source, load
 from data import Batches, curriculum, read_meta
 from model import ModelConfig
 
@@ -220,3 +220,13 @@ def test_refuses_a_short_held_out_split(tmp_path):
     assert read_meta(config)["sources"]["source0"]["val"]["tokens"] == 8 and Batches(config, "train")
     with pytest.raises(BadInput, match="source0_val.bin is shorter than one block"):
         Batches(config, "val", "source0")
+
+
+def test_batches_end(quickstart_data):
+    """A loop over batches comes to an end, and a step past it is an IndexError."""
+    for split, source in (("train", None), ("val", "code")):
+        batches = Batches(load(["--data_dir", str(quickstart_data), "--max_steps=3", "--eval_blocks=40"]), split, source)
+        assert len(list(batches)) == len(batches) == 3
+        for step in (-1, 3):
+            with pytest.raises(IndexError):
+                batches[step]
