@@ -225,7 +225,8 @@ def test_refuses_a_short_held_out_split(tmp_path):
 def test_batches_end(quickstart_data):
     """A loop over batches comes to an end, and a step past it is an IndexError."""
     for split, source in (("train", None), ("val", "code")):
-        batches = Batches(load(["--data_dir", str(quickstart_data), "--max_steps=3", "--eval_blocks=40"]), split, source)
+        config = load(["--data_dir", str(quickstart_data), "--max_steps=3", "--eval_blocks=40"])
+        batches = Batches(config, split, source)
         assert len(list(batches)) == len(batches) == 3
         for step in (-1, 3):
             with pytest.raises(IndexError):

@@ -1,8 +1,6 @@
 """The ids are the reference's, nothing is lost on the way back, and no file can break the search."""
 import importlib.util
 import json
-import random
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -12,32 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as T
+from bench import tokenizer_without_numba
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "tokenmonster"  # the large vocabularies, where a checkout has them
 QUICKSTART = T.VOCABULARY_FOLDER / "quickstart-2048.vocab"
 ENGLISH = ("english-4096-strict-nocapcode-v1", "english-8000-strict-nocapcode-v1")
 
-same_every_time = settings(max_examples=600, deadline=None, derandomize=True, database=None)
+drawn_afresh = settings(max_examples=600, deadline=None, database=None)
 
 
-def without_numba():
-    """A second copy of the module, imported where numba cannot be."""
-    present = sys.modules.get("numba")
-    sys.modules["numba"] = None  # makes `import numba` raise ImportError
-    try:
-        spec = importlib.util.spec_from_file_location("tokenizer_plain", T.__file__)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        if present is None:
-            del sys.modules["numba"]
-        else:
-            sys.modules["numba"] = present
-    return module
-
-
-PLAIN = without_numba()
+PLAIN = tokenizer_without_numba()
 QUICK = T.load("quickstart-2048")
 QUICK_PLAIN = PLAIN.load("quickstart-2048")
 
@@ -88,7 +71,7 @@ anything = st.one_of(writable, st.text(st.characters(exclude_categories=[])),
                      st.text("a \x7f\x14\r\n\x00\ud800\udc00"))
 
 
-@same_every_time
+@drawn_afresh
 @given(anything)
 def test_plain_python_gives_the_same_ids(text):
     ids, dropped = QUICK.encode_counted(text)
@@ -100,7 +83,7 @@ def test_plain_python_gives_the_same_ids(text):
 # -----------------------------------------------------------------------------
 # there and back
 
-@same_every_time
+@drawn_afresh
 @given(writable)
 def test_round_trip(text):
     ids, dropped = QUICK.encode_counted(text)
@@ -109,7 +92,7 @@ def test_round_trip(text):
     assert QUICK.eos_id not in ids
 
 
-@same_every_time
+@drawn_afresh
 @given(anything)
 def test_every_byte_is_written_or_counted(text):
     ids, dropped = QUICK.encode_counted(text)
@@ -124,7 +107,7 @@ def test_every_byte_is_written_or_counted(text):
 def test_every_byte_is_written_or_counted_in_english(name):
     tokenizer = english(name)
 
-    @same_every_time
+    @drawn_afresh
     @given(anything.map(lambda text: text.replace("\r", "")))
     def holds(text):
         ids, dropped = tokenizer.encode_counted(text)
@@ -149,13 +132,13 @@ def stream(tokenizer, ids):
 hard_ids = [token for token, data in enumerate(QUICK._bytes) if b"\x7f" in data or not data.isascii()]
 
 
-@same_every_time
+@drawn_afresh
 @given(st.lists(st.one_of(st.integers(0, QUICK.vocab_size - 1), st.sampled_from(hard_ids))))
 def test_stream_of_any_ids(ids):
     assert stream(QUICK, ids) == QUICK.decode(ids)
 
 
-@same_every_time
+@drawn_afresh
 @given(writable)
 def test_stream_of_text(text):
     assert stream(QUICK, QUICK.encode(text)) == unicodedata.normalize("NFD", text)
@@ -273,8 +256,7 @@ def test_without_delete_marks():
 
 
 @pytest.mark.skipif(not T.COMPILED, reason="only matters where the loops are compiled")
-def test_more_nodes_than_uint16_holds():
-    rng = random.Random(0)
+def test_more_nodes_than_uint16_holds(rng):
     keys = sorted({bytes(rng.choices(range(97, 123), k=5)) for _ in range(30000)})
     entries = TINY + [(key, 0x83, 0, (), 13 + i) for i, key in enumerate(keys) if len(key) > 4]
     tokenizer = T.TokenMonster(vocab_file(entries), "large")
@@ -334,8 +316,8 @@ def corrupted(data, rng):
     return bytes(data)
 
 
-def test_corruptions():
-    rng, refusals = random.Random(1), 0
+def test_corruptions(rng):
+    refusals = 0
     tiny = vocab_file(TINY, deleted=[b"gone"])
     for _ in range(4000):  # as plain Python, where an index out of range would raise
         refusals += survives(PLAIN, corrupted(tiny, rng))
@@ -413,8 +395,7 @@ def slow_ids(vocabulary, data):
     return ids, dropped
 
 
-def test_search_against_the_slow_one():
-    rng = random.Random(2)
+def test_search_against_the_slow_one(rng):
     for _ in range(150):  # vocabularies whose facts are random: so every term of the score decides somewhere
         keys = [bytes(rng.choices(b"  aaabb1.\x7f", k=rng.randint(1, 6))) for _ in range(90)]
         keys = sorted({b" ", b"\x7f", b"a", *keys}, key=lambda key: (len(key), key))
