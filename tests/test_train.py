@@ -107,7 +107,7 @@ def test_train_minutes_fits_the_run(tiny, tmp_path):
     run_dir = tmp_path / "out" / "quickstart"
     steps = json.loads((run_dir / (run_dir / "latest").read_text() / "state.json").read_text())["step"]
     rates = [m["learning_rate"] for m in metrics(run_dir) if "learning_rate" in m]
-    assert steps == len(rates) < 20_000 and max(rates) == 1e-3 and rates[-1] < 1e-4
+    assert steps == len(rates) < 20_000 and max(rates) == 1e-3 and rates[-1] < 0.3e-3
     code, out, _ = run("train.py", *tiny, "--resume", cwd=tmp_path)
     assert code == 0 and f"trained {steps:,} steps" in out
 
