@@ -26,11 +26,6 @@ class Backend:
     world_size: int = 1
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that prints and writes."""
-        return self.rank == 0
-
-    @property
     def peak_flops(self) -> float | None:
         """Peak FLOP/s of all devices at half precision, None where unknown or where the run is in FP32."""
         known = [peak for part, peak in PEAK_FLOPS.items() if part in self.name]
@@ -45,11 +40,6 @@ class Backend:
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, without waiting for the copy."""
         return tensor.to(self.device, non_blocking=True)
-
-    def synchronize(self):
-        """Wait for the device: a clock read before that times the launch of the work, not the work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def compile(self, model, input_ids, targets):
         """The model compiled, or the model itself and a line that says why, where compiling fails.

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoint
 import tokenizer
 from config import BadInput, Config, Source, load, script
 
@@ -242,12 +243,20 @@ def write_source(name: str, source: Source, vocabulary, data_dir: Path, seen: se
             file.flush()
             os.fsync(file.fileno())
     train, val = counts["train"], counts["val"]
+    if not train["tokens"] or not val["tokens"]:
+        raise BadInput(f"source {name} gave no {'training' if not train['tokens'] else 'held-out'} documents")
     print(f"  {name:6} {train['tokens']:12,} tokens of {train['documents']:,} documents, {val['tokens']:,} of "
           f"{val['documents']:,} held out; {train['bytes'] / 1e6:.1f} MB, {train['bytes'] / train['tokens']:.2f} bytes "
           f"a token, {train['dropped_bytes']:,} bytes dropped; {time.monotonic() - started:.1f} s", flush=True)
-    if not train["tokens"] or not val["tokens"]:
-        raise BadInput(f"source {name} gave no {'training' if not train['tokens'] else 'held-out'} documents")
     return counts
+
+
+def read_recipe(meta_path: Path) -> dict | None:
+    """The recipe of prepared data, None where meta.json is damaged."""
+    try:
+        return json.loads(meta_path.read_text())["recipe"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def main(argv: list[str]):
@@ -258,10 +267,10 @@ def main(argv: list[str]):
     wanted = recipe(config, vocabulary)
     data_dir, meta_path = config.data_dir, config.data_dir / "meta.json"
     if meta_path.exists():
-        if json.loads(meta_path.read_text())["recipe"] == wanted:
+        if read_recipe(meta_path) == wanted:
             print(f"{data_dir} is complete; delete it to prepare it again")
             return
-        raise BadInput(f"{data_dir} holds bins of another recipe; choose another --data_dir, or delete it")
+        raise BadInput(f"{data_dir} holds bins of another recipe, or damaged ones; choose another --data_dir, or delete it")
 
     print(f"preparing {data_dir} with {vocabulary.name} ({vocabulary.vocab_size:,} ids)", flush=True)
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -273,9 +282,7 @@ def main(argv: list[str]):
             (data_dir / f"{name}_quiz.jsonl").write_text("".join(lines))
 
     meta = {"recipe": wanted, "vocab_size": vocabulary.vocab_size, "eos_id": vocabulary.eos_id, "sources": sources}
-    partial = meta_path.with_suffix(".tmp")
-    partial.write_text(json.dumps(meta, indent=2) + "\n")
-    partial.replace(meta_path)  # complete only now
+    checkpoint.replace(meta_path, (json.dumps(meta, indent=2) + "\n").encode())  # complete only now
     print(f"{data_dir} is complete: {sum(s['train']['tokens'] for s in sources.values()):,} training tokens")
 
 

@@ -4,6 +4,7 @@ One loop, read from the top to the bottom of `main`. A run stops by itself, at -
 always with a checkpoint, and `--resume` goes on from it as if it had not stopped: on one CPU, bit for bit.
 """
 
+import io
 import json
 import math
 import shutil
@@ -96,9 +97,9 @@ def draw_curves(metrics: list[dict], path: Path):
     perplexities.set(title="Held-out perplexity", xlabel="step", yscale="log")
     for axes in (losses, perplexities):
         axes.grid(alpha=0.3)
-    partial = path.with_suffix(".tmp")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    checkpoint.replace(path, image.getvalue())
 
 
 def as_json(config: Config) -> dict:
@@ -199,7 +200,9 @@ def main(argv: list[str]):
     batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
     held_out = {name: Batches(config, "val", name) for name in config.sources}
 
-    step_model = device.compile(model, *map(device.put, held_out[next(iter(held_out))][0])) if config.compile else model
+    step_model = model
+    if config.compile:  # tried on a batch of the loop's own shape
+        step_model = device.compile(model, *map(device.put, next(iter(held_out.values()))[0]))
 
     announce(config, model, batches, device, compiled=step_model is not model, resumed=state if resumed else None)
     metrics = open_run(config, state["step"])
@@ -277,7 +280,7 @@ def main(argv: list[str]):
                   f"{val['bits_per_byte']:.4f} bits per byte  ("
                   + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) + ")", flush=True)
         seconds = earlier_seconds + time.monotonic() - started
-        if config.train_minutes and step <= (1 - config.decay_fraction) * config.max_steps:
+        if config.train_minutes and step < (1 - config.decay_fraction) * config.max_steps:
             config = fit(config, longest, step, seconds)
             batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
             print(f"at this pace {config.max_steps:,} steps fit into {config.train_minutes:g} minutes", flush=True)

@@ -173,12 +173,21 @@ def test_full_disk(tmp_path):
     assert not (tmp_path / "data" / "meta.json").exists()
 
 
+@pytest.mark.parametrize("held, missing", [(False, "held-out"), (True, "training")])
+def test_a_source_that_fills_one_split_only(tmp_path, monkeypatch, held, missing):
+    monkeypatch.setitem(prepare.LIBRARY, "library:one", lambda: iter([(held, "one document, and no other")]))
+    with pytest.raises(BadInput, match=f"no {missing} documents"):
+        prepare.write_source("web", Source("library:one", 1, 1), tokenizer.load("quickstart-2048"), tmp_path, set())
+
+
+def test_damaged_meta(tmp_path):
+    """A meta.json that cannot be read is not taken for complete data, and is not a traceback."""
+    (tmp_path / "data").mkdir()
+    for text in ("", "{}", "[]"):
+        (tmp_path / "data" / "meta.json").write_text(text)
+        refused(run("prepare.py", "--data_dir", "data", cwd=tmp_path), "data", "delete it")
+
+
 def test_bad_input(tmp_path):
     refused(run("prepare.py", "--tokenizer", "nowhere.vocab", cwd=tmp_path), "nowhere.vocab")
     refused(run("prepare.py", "--sources.web.dataset", "library:poems", cwd=tmp_path), "library:poems", "library:docs")
-    with pytest.raises(BadInput, match="no held-out documents|no training documents"):
-        prepare.LIBRARY["library:one"] = lambda: iter([(False, "one document, and no other")])
-        try:
-            prepare.write_source("web", Source("library:one", 1, 1), tokenizer.load("quickstart-2048"), tmp_path, set())
-        finally:
-            del prepare.LIBRARY["library:one"]

@@ -112,6 +112,13 @@ def test_train_minutes_fits_the_run(tiny, tmp_path):
     assert code == 0 and f"trained {steps:,} steps" in out
 
 
+def test_a_timed_run_without_a_decay_ends(tiny, tmp_path):
+    """Its last step is not a step at which the clock may still add one, and one, and one more."""
+    code, out, err = run("train.py", *tiny, "--max_steps=400", "--train_minutes=0.0001", "--decay_fraction=0",
+                         "--eval_interval=1", "--eval_blocks=1", cwd=tmp_path)
+    assert code == 0 and "trained 2 steps" in out, (out, err)
+
+
 def test_the_length_may_change_before_the_anneal(quickstart_data, rng):
     """A longer run reads the same sequences as a shorter one up to where the shorter one's anneal begins."""
     for _ in range(5):
