@@ -506,6 +506,24 @@ def _segment(data, end, ids, next_node, entry_of, entries, begin, delete_id, spa
     return count, dropped
 
 
+@_compile
+def _count(ids, visible, open_mark):
+    """How many bytes the ids decode to, with no text made of them; -1 where one is out of range.
+
+    ids        (n,) integers
+    visible    (2, size) int32: bytes of a token that are text; row 1, where a mark before it deletes its first byte
+    open_mark  (2, size) uint8: does the token end with a mark that has had nothing to delete yet?
+    """
+    total, mark = 0, 0
+    for position in range(len(ids)):
+        token = ids[position]
+        if not 0 <= token < visible.shape[1]:
+            return -1
+        total += visible[mark, token]
+        mark = open_mark[mark, token]
+    return total
+
+
 # -----------------------------------------------------------------------------
 # 4. the tokenizer
 
@@ -538,6 +556,19 @@ class TokenMonster(Tokenizer):
         self.name, self.eos_id = listed.get(self.sha256, (name, unlisted_eos))
         self.vocab_size = max(vocabulary["size"], self.eos_id + 1)
         self._bytes[self.eos_id:self.eos_id + 1] = [b""]  # the end of a document is no text
+        self._count_tables = self._make_count_tables()
+
+    def _make_count_tables(self):
+        """The two tables of `_count`."""
+        keys = self._bytes + [b""] * (self.vocab_size - len(self._bytes))
+        visible, open_mark = np.zeros((2, len(keys)), np.int32), np.zeros((2, len(keys)), np.uint8)
+        for mark in (0, 1):
+            for token, key in enumerate(keys):
+                rest = b"\x7f" * mark + key
+                rest = COMPLETE_DELETE.sub(b"", rest) if self._marks else key
+                open_mark[mark, token] = self._marks and rest.endswith(b"\x7f")
+                visible[mark, token] = len(rest) - open_mark[mark, token]
+        return _view(visible), _view(open_mark)
 
     def encode_counted(self, text):
         if text == "":
@@ -551,6 +582,11 @@ class TokenMonster(Tokenizer):
         ids = np.empty(3 * size, self.dtype)
         count, dropped = _segment(_view(data), size, _view(ids), *self._search)
         return ids[:count].copy(), dropped  # the copy lets go of the oversized buffer
+
+    def count_bytes(self, ids):
+        ids = np.asarray(ids)
+        count = _count(_view(ids), *self._count_tables) if ids.size else 0
+        return count if count >= 0 else len(self._checked(ids))  # which raises, and says why
 
     def decode_bytes(self, ids):
         data = b"".join(map(self._bytes.__getitem__, self._checked(ids)))
@@ -604,6 +640,7 @@ class TokenizerJson(Tokenizer):
         self.eos_id, self.vocab_size = eos[0], max(ids.values()) + 1
         model = self._library.model  # a byte-level or byte-fallback BPE never drops anything
         self._unknown = ids.get(getattr(model, "unk_token", None), -1)
+        self._library.encode_special_tokens = True  # "</s>" in a text is text: only we end documents
         self._library.no_padding()
         self._library.no_truncation()
 
@@ -670,7 +707,7 @@ def load(name_or_path):
     except OSError as error:
         raise VocabularyError(f"{path}: cannot be read: {_one_line(error)}") from None
     if path.name == "tokenizer.json":
-        return TokenizerJson(data, path.resolve().parent.name)
+        return TokenizerJson(data, path.resolve().parent.name if os.path.exists(name_or_path) else str(name_or_path))
     if path.suffix == ".json":
         return TokenizerJson(data, path.stem)
     return TokenMonster(data, name_or_path if name_or_path in VOCABULARIES else path.stem)
@@ -679,9 +716,10 @@ def load(name_or_path):
 def find(name_or_path):
     """The file of a vocabulary -> Path.
 
-    name_or_path    a .vocab file; a tokenizer.json file, or the folder it is in; or a name:
-                    that of vocabs/NAME.vocab beside this file, or of one in VOCABULARIES, which
-                    is then downloaded from the Hugging Face hub
+    name_or_path    a .vocab file; a tokenizer.json file, or the folder it is in; or a name: that of
+                    vocabs/NAME.vocab beside this file, of one in VOCABULARIES, or OWNER/NAME for the
+                    tokenizer.json of a repository on the Hugging Face hub. The latter two are
+                    downloaded, once.
     Raises VocabularyError where there is none.
     """
     name, path = str(name_or_path), Path(name_or_path)
@@ -690,19 +728,23 @@ def find(name_or_path):
         if os.path.isfile(candidate):
             return candidate
     if name in VOCABULARIES:
-        return _download(name, local)
+        return _download(HUB_REPOSITORY, f"vocabs/{name}.vocab", f"put it at {local}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix not in (".vocab", ".json"):
+        return _download(name, "tokenizer.json", "give its path as the tokenizer")
     raise VocabularyError(f"{name}: no such vocabulary; give a .vocab or tokenizer.json file, or put one at "
                           f"vocabs/NAME.vocab, or choose from {', '.join(VOCABULARIES)}")
 
 
-def _download(name, local):
-    """Fetch a vocabulary from the hub -> its path in the hub's cache."""
+def _download(repository, file, otherwise):
+    """Fetch a file from the hub -> its path in the hub's cache."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line says it all, not one for each attempt
     try:
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(repo_id=HUB_REPOSITORY, filename=f"vocabs/{name}.vocab"))
+        return Path(hf_hub_download(repo_id=repository, filename=file))
     except Exception as error:  # no library, no network, no such file: the way out is the same
-        raise VocabularyError(f"{name}: cannot be downloaded ({_one_line(error)}); get the file from "
-                              f"huggingface.co/{HUB_REPOSITORY} and put it at {local}") from None
+        raise VocabularyError(f"{file} of {repository} cannot be downloaded ({_one_line(error)}); get it from "
+                              f"huggingface.co/{repository} and {otherwise}. The quickstart needs no download: "
+                              f"python prepare.py") from None
 
 
 def _one_line(error):

@@ -139,6 +139,14 @@ def test_stream_of_any_ids(ids):
 
 
 @drawn_afresh
+@given(st.lists(st.one_of(st.integers(0, QUICK.vocab_size - 1), st.sampled_from(hard_ids))))
+def test_counting_is_decoding(ids):
+    """Bytes are counted without making them, also where marks delete marks, the next token's byte, or nothing."""
+    for tokenizer in (QUICK, QUICK_PLAIN):
+        assert tokenizer.count_bytes(ids) == tokenizer.count_bytes(np.array(ids, np.uint16)) == len(QUICK.decode_bytes(ids))
+
+
+@drawn_afresh
 @given(writable)
 def test_stream_of_text(text):
     assert stream(QUICK, QUICK.encode(text)) == unicodedata.normalize("NFD", text)
@@ -155,6 +163,9 @@ def test_ids_out_of_range():
     for ids in ([2048], [-1], np.array([5, 65535], np.uint16)):
         with pytest.raises(ValueError, match="is not in quickstart-2048"):
             QUICK.decode(ids)
+        for tokenizer in (QUICK, QUICK_PLAIN):
+            with pytest.raises(ValueError, match="is not in quickstart-2048"):
+                tokenizer.count_bytes(ids)
     with pytest.raises(ValueError):
         QUICK.stream().push(2048)
     assert QUICK.decode([]) == "" and QUICK.encode("").dtype == np.uint16
@@ -214,10 +225,10 @@ TINY = [(b" ", 0x84, 0, (), 0), (b"\x7f", 0x98, 0, (), 1), (b"\r", 0x80, 0, (), 
 SAMPLE = "abab xab(ab1ab) ba'ab\n aab1 axabababx\u00e9\u4e00 \x7f\rab"
 
 
-def refused(make, word=""):
+def refused(make, *words):
     with pytest.raises(T.VocabularyError) as caught:
         make()
-    assert "\n" not in str(caught.value) and word in str(caught.value)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
 def survives(module, data):
@@ -441,7 +452,7 @@ def test_load_refusals(tmp_path, monkeypatch):
     refused(lambda: T.load(QUICKSTART), "too large")
 
 
-def test_load_from_the_hub(tmp_path, monkeypatch):
+def test_load_from_the_hub(library_bpe, tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked, fetched = [], tmp_path / "blob"
 
@@ -458,11 +469,17 @@ def test_load_from_the_hub(tmp_path, monkeypatch):
     fetched.write_bytes(QUICKSTART.read_bytes()[:-1])
     refused(lambda: T.load("quickstart-2048"), "sha256")
 
+    library_bpe.save(str(fetched.with_name("tokenizer.json")))
+    fetched = fetched.with_name("tokenizer.json")
+    assert T.load("owner/a-bpe.v3").name == "owner/a-bpe.v3" and asked[-1] == ("owner/a-bpe.v3", "tokenizer.json")
+    refused(lambda: T.load("owner/missing.vocab"), "no such vocabulary")
+
     def offline(repo_id, filename):
         raise OSError("no route to host\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    refused(lambda: T.load("quickstart-2048"), "put it at")
+    refused(lambda: T.load("quickstart-2048"), "put it at", "python prepare.py")
+    refused(lambda: T.load("owner/a-bpe.v3"), "tokenizer.json of owner/a-bpe.v3", "python prepare.py")
 
 
 # -----------------------------------------------------------------------------
@@ -495,6 +512,7 @@ def test_tokenizer_json(library_bpe, tmp_path):
         assert tokenizer.decode([*ids, 1]) == text == stream(tokenizer, ids)
         assert tokenizer.count_bytes(ids) == len(text.encode()) and tokenizer.count_dropped(text) == 0
     assert tokenizer.decode(tokenizer.encode("\ud800")) == "\ufffd"
+    assert 1 not in tokenizer.encode("a literal </s> is text") and tokenizer.decode(tokenizer.encode("</s>")) == "</s>"
     with pytest.raises(ValueError, match="is not in mistral"):
         tokenizer.decode([400])
 
