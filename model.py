@@ -115,12 +115,20 @@ def apply_rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
+def expand_heads(x, heads: int):
+    """Repeat key or value heads for the query heads that share them: (B, K, S, D) -> (B, heads, S, D)."""
+    return x.repeat_interleave(heads // x.size(1), dim=1)
+
+
 def causal_attention(q, k, v):
     """Softmax attention of the last T of S positions: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
     The one place that chooses an attention kernel. Query head h reads key/value head h // (H / K).
     """
     T, S = q.size(2), k.size(2)
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        # Such a GPU (a T4) has no kernel for grouped heads but one that writes out all scores; for equal heads it has.
+        k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
     mask = None
     if 1 < T < S:  # several new tokens after a cached prefix: query i sees keys up to S - T + i
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -307,3 +315,80 @@ class Llama(nn.Module):
         c = self.config
         products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * products + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python model.py [config/NAME.py] [--field=value ...]: the arithmetic of the model cards, for any config
+
+BYTES = {"FP32": 4, "FP16 / BF16": 2, "INT8": 1, "INT4": 0.5}  # of one weight
+
+
+def count_parameters(model: Llama) -> dict[str, int]:
+    """Parameters by component, in the rows of the Stentor3 card's table. A tied head counts as none."""
+    count = dict.fromkeys(("embedding", "head", "attention", "mlp", "layer norms", "final norm"), 0)
+    components = {"embed_tokens": "embedding", "lm_head": "head", "self_attn": "attention", "mlp": "mlp",
+                  "input_layernorm": "layer norms", "post_attention_layernorm": "layer norms", "norm": "final norm"}
+    for name, parameter in model.named_parameters():
+        part = next(part for part in name.split(".") if part in components)
+        count[components[part]] += parameter.numel()
+    return count
+
+
+def kv_cache_bytes(config: ModelConfig, length: int, bytes_per_element: float) -> float:
+    """Bytes of the keys and values of one sequence: 2 x K x D x layers x length elements (Stentor3 card, "KV cache
+    note").
+
+    The card's own table has half of what this formula, also the card's, gives.
+    """
+    elements = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * length
+    return elements * bytes_per_element
+
+
+def memory_table(config: ModelConfig, parameters: int) -> dict[str, tuple[float, float]]:
+    """Bytes of (weights, KV cache of a full context) at each precision, for one sequence.
+
+    The scales of INT8 and INT4 weights are left out. Such weights are multiplied in 16 bits, and so the cache is kept
+    in 16 (Stentor3 card, Memory Requirements, where both have FP16's cache).
+    """
+    return {name: (parameters * size, kv_cache_bytes(config, config.max_position_embeddings, max(size, 2)))
+            for name, size in BYTES.items()}
+
+
+def main(argv: list[str]):
+    """Print the parameters, memory and arithmetic of a config's model."""
+    from config import load
+
+    run = load(argv)
+    config = run.model
+    with torch.device("meta"):  # shapes without numbers
+        model = Llama(config)
+    count, total = count_parameters(model), model.num_parameters()
+    tied, layers = config.tie_word_embeddings, config.num_hidden_layers
+    embeddings = count["embedding"] + count["head"]
+    rows = [("Embedding table" + (" (and head, tied)" if tied else ""), count["embedding"]),
+            *([] if tied else [("LM head (untied)", count["head"])]),
+            (f"Transformer layers x {layers}", count["attention"] + count["mlp"] + count["layer norms"]),
+            ("  attention", count["attention"]), ("  MLP", count["mlp"]), ("  layer norms", count["layer norms"]),
+            ("Final norm", count["final norm"]), ("Total", total)]
+    print(f"{run.name}: {layers} layers of {config.hidden_size}, MLP of {config.intermediate_size}, "
+          f"{config.num_attention_heads} heads and {config.num_key_value_heads} key/value heads of {config.head_dim}\n")
+    print(f"{'Component':33} {'Parameters':>13} {'Share':>8}")
+    for name, parameters in rows:
+        print(f"{name:33} {parameters:13,} {parameters / total:8.{1 if parameters > total / 1000 else 3}%}")
+    print(f"\nEmbedding and head are {embeddings / total:.1%} of the parameters.\n")
+    print(f"{'Precision':13} {'Weights':>10} {'KV cache':>10} {'Both':>10}   "
+          f"one sequence of {config.max_position_embeddings:,}")
+    for name, (weights, cache) in memory_table(config, total).items():
+        print(f"{name:13} {weights / 1e6:7.1f} MB {cache / 1e6:7.1f} MB {(weights + cache) / 1e6:7.1f} MB")
+    per_token, length = model.flops_per_token(run.block_size), run.block_size
+    tokens = run.max_steps * run.tokens_per_step
+    print(f"\nTraining takes {per_token / 1e6:.1f} MFLOPs a token in sequences of {length:,}, "
+          f"{per_token / 3e6:.1f} of them forward;")
+    print(f"{run.max_steps:,} steps of {run.tokens_per_step:,} tokens are {tokens:,} tokens and "
+          f"{tokens * per_token:.3g} FLOPs.")
+
+
+if __name__ == "__main__":
+    from config import script
+    from model import main  # that of the module which the config's classes come from, not of this second copy of it
+    script(main)

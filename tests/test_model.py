@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import KVCache, Llama, ModelConfig, RMSNorm
+from model import KVCache, Llama, ModelConfig, RMSNorm, causal_attention, expand_heads
 
 
 def shape(**changes):
@@ -89,6 +89,18 @@ def test_loss_and_gradients_are_those_of_transformers(rng, case):
         tolerance = 1e-4 * p.grad.norm() + 1e-6 * total
         assert (p.grad - gradients.pop(name)).norm() < tolerance, (name, model.config)
     assert not gradients
+
+
+def test_expanded_heads_attend_alike(rng):
+    """Keys and values repeated for every query head, as old GPUs get them, give what grouped attention does."""
+    K, group, S, T = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 30), rng.randint(1, 30)
+    S = max(S, T)
+    q, k, v = torch.randn(2, K * group, T, 8), torch.randn(2, K, S, 8), torch.randn(2, K, S, 8)
+    expanded = [expand_heads(x, K * group) for x in (k, v)]
+    assert all(x.shape == (2, K * group, S, 8) for x in expanded)
+    assert torch.allclose(causal_attention(q, k, v), causal_attention(q, *expanded), atol=1e-6)
+    for head in range(K * group):
+        assert torch.equal(expanded[0][:, head], k[:, head // group])
 
 
 def test_loss_by_hand(rng):
