@@ -9,6 +9,7 @@ The library tyro makes the command line from the dataclass, so `--help` lists ev
 """
 
 import contextlib
+import copy
 import io
 import os
 import re
@@ -35,13 +36,36 @@ class Source:
     """A stream of documents and its share of the training mixture."""
 
     dataset: str
-    """Where the text comes from: library:docs, library:code or library:arithmetic (see prepare.py)."""
-    ratio: float
+    """Where the text is: a dataset of the Hugging Face hub ("owner/name"); parquet, json or text with data_files; or
+    embedded text, library:docs, library:code or library:arithmetic (library.py)."""
+    ratio: float = 1.0
     """Share of the training tokens."""
-    anneal_ratio: float
-    """Share of the training tokens in the anneal, the last part of the run."""
+    anneal_ratio: float | None = None
+    """Share of the training tokens in the anneal, the last part of the run; that of the rest if None."""
     preserve_linebreaks: bool = False
     """Keep line breaks and indentation, as code needs; otherwise all white space becomes single spaces."""
+    subset: str | None = None
+    """Subset of the dataset, which the hub calls a configuration."""
+    data_files: tuple[str, ...] = ()
+    """Paths or patterns of the files to read, in the dataset's repository or here; those that it names if none."""
+    split: str = "train"
+    """Split of the dataset that is read."""
+    column: str = "text"
+    """Column that holds the documents."""
+    sample_by: Literal["line", "paragraph", "document"] = "paragraph"
+    """What a document is in files of plain text: a line, what stands between blank lines, or a whole file."""
+    held_out: int = 100
+    """Documents held out: the first of the stream. (Embedded text is held out by file instead.)"""
+
+    def __post_init__(self):
+        """Fill in anneal_ratio. Raises ValueError, in one line, where nothing is to be read or to be held out."""
+        if self.anneal_ratio is None:
+            self.anneal_ratio = self.ratio
+        self.data_files = (self.data_files,) if isinstance(self.data_files, str) else tuple(self.data_files)
+        if self.dataset in ("parquet", "json", "text") and not self.data_files:
+            raise ValueError(f"the source {self.dataset} needs data_files, the files to read")
+        if self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it must be at least 1")
 
 
 @dataclass
@@ -104,8 +128,10 @@ class Config:
 
     backend: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto takes a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products; auto is bfloat16 where the hardware has it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products; auto is bfloat16 where the hardware has it, and float16 on older GPUs."""
+    int8_linears: tuple[str, ...] = ()
+    """Linears of the inner blocks that learn to run in INT8 (quant_t4.py): any of q_proj to down_proj."""
     compile: bool = False
     """Use torch.compile, and go on without where it fails."""
     resume: bool = False
@@ -117,6 +143,9 @@ class Config:
         """Raises ValueError, in one line, where the values cannot make a run."""
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ValueError(f"name is {self.name!r}; it must be the plain name of a directory under out/")
+        for name in self.sources:
+            if not re.fullmatch(r"[\w-]+", name) or name.endswith("_val"):  # they become names of files
+                raise ValueError(f"a source is called {name!r}; use letters, digits, - and _, and no _val at the end")
         self.data_dir = Path(self.data_dir)  # so that a preset may write it as a string
         for name in ("block_size", "tokens_per_step", "micro_batch_size", "max_steps", "log_interval", "eval_interval",
                      "eval_blocks", "keep_checkpoints"):
@@ -204,9 +233,15 @@ def load(argv: list[str]) -> Config:
         raise BadInput(f"{path} is not a run: {type(error).__name__}: {error}") from error
     if not isinstance(default, Config):
         raise BadInput(f"{path} does not bind `config` to a Config")
-    model = default.model
+    # What followed from another value is to follow from that of the command line. (Copies: presets share their parts.)
+    default, model = copy.copy(default), copy.copy(default.model)
     if model.head_dim * model.num_attention_heads == model.hidden_size:
-        model.head_dim = None  # it followed from the width, and is to follow from that of the command line
+        model.head_dim = None
+    sources = {name: copy.copy(source) for name, source in default.sources.items()}
+    for source in sources.values():
+        if source.anneal_ratio == source.ratio:
+            source.anneal_ratio = None
+    default.model, default.sources = model, sources
     return parse(Config, options, default)
 
 

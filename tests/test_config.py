@@ -14,6 +14,7 @@ import model
 from config import BadInput, Config, Source, load
 from config.quickstart import config as quickstart
 from model import ModelConfig
+from tests.commands import ROOT
 
 REPOSITORY = Path(model.__file__).parent
 PRESET = """
@@ -253,3 +254,14 @@ def test_help():
                 continue
             assert f"{prefix}{name}" in re.findall(r"--[\w.]+", done.stdout), name
             assert re.sub(r"\s", "", docstring) in shown, name
+
+
+def test_what_follows_from_another_value_follows_the_command_line():
+    """A preset's shares in the anneal, where they are those of the rest; and sources' names are names of files."""
+    config = load([str(ROOT / "config/stentor_12m.py"), "--sources.web.ratio=0.9", "--sources.textbooks.ratio=0.1"])
+    assert [source.anneal_ratio for source in config.sources.values()] == [0.9, 0.1]
+    for name in ("a_val", "../a", "a b", ""):
+        with pytest.raises(ValueError, match="a source is called"):
+            Config(sources={name: Source("a/b")})
+    with pytest.raises(ValueError, match="data_files"):
+        Source("parquet")
