@@ -43,6 +43,20 @@ def curriculum(early: list[float], late: list[float], anneal_start: float, lengt
     return order
 
 
+def tokens_needed(config: Config) -> dict[str, int]:
+    """Tokens that the bin of each source must hold so that the run uses no block of it twice.
+
+    That is the curriculum's integral over the run, in sequences rounded up, which is the most that `curriculum` takes
+    of a source; and the one token more in which the last block ends. 0 of a source that the run does not use.
+    """
+    length = config.max_steps * config.sequences_per_step
+    shares = np.array([(source.ratio, source.anneal_ratio) for source in config.sources.values()]).T
+    early, late = shares / shares.sum(axis=1, keepdims=True)
+    owed = length * ((1 - config.anneal_fraction) * early + config.anneal_fraction * late)
+    blocks = [ceil(sequences - 1e-6) for sequences in owed]
+    return {name: count * config.block_size + 1 if count else 0 for name, count in zip(config.sources, blocks)}
+
+
 class Bin:
     """A file of uint16 token ids, read in blocks of block_size + 1 tokens that begin block_size apart.
 
@@ -50,8 +64,11 @@ class Bin:
     predicted once. Blocks are read with plain file reads: pages of a memory map would count as resident for ever.
     """
 
-    def __init__(self, path: Path, tokens: int, vocab_size: int, block_size: int):
-        """Raises BadInput for a file that is missing, not `tokens` long, or holds ids that the vocabulary has not."""
+    def __init__(self, path: Path, tokens: int, vocab_size: int, block_size: int, first: int | None = None):
+        """Use the first `first` tokens, or all.
+
+        Raises BadInput for a file that is missing, not `tokens` long, or holds ids that the vocabulary has not.
+        """
         self.path, self.block_size = path, block_size
         if not path.is_file():
             raise BadInput(f"{path} is missing; delete {path.parent} and run prepare.py again")
@@ -65,7 +82,7 @@ class Bin:
         if largest >= vocab_size:
             raise BadInput(f"{path} holds the id {largest}, beyond the vocabulary of {vocab_size}; "
                            f"delete {path.parent} and run prepare.py again")
-        self.blocks = max(0, tokens - 1) // block_size
+        self.blocks = max(0, min(tokens, first or tokens) - 1) // block_size
 
     def read(self, block: int) -> np.ndarray:
         """Tokens of a block, (block_size + 1,) uint16."""
@@ -76,6 +93,9 @@ class Bin:
 def read_meta(config: Config) -> dict:
     """meta.json of the config's data. Raises BadInput, saying what to run, where the data is missing or other data."""
     path = config.data_dir / "meta.json"
+    if not path.exists() and (config.data_dir / "progress.json").exists():
+        raise BadInput(f"the data in {config.data_dir} is not complete; prepare.py with the same config goes on with "
+                       f"it")
     if not path.exists():
         raise BadInput(f"there is no prepared data in {config.data_dir}; make it with prepare.py and the same config, "
                        f"or try the model on the quickstart's with --data_dir data/quickstart")
@@ -107,16 +127,22 @@ class Batches:
     all -100, so that every batch has one shape.
     """
 
-    def __init__(self, config: Config, split: str, source: str | None = None, rank: int = 0, world_size: int = 1):
-        """Raises BadInput where the bins are missing, disagree with meta.json or are too short for one block."""
+    def __init__(self, config: Config, split: str, source: str | None = None, rank: int = 0, world_size: int = 1,
+                 first: dict[str, int] | None = None):
+        """Use the first so many tokens of each source's bin, or all: a resumed run goes on with what it began with,
+        though prepare.py has added to it.
+
+        Raises BadInput where the bins are missing, disagree with meta.json or are too short for one block.
+        """
         meta = read_meta(config)
         self.names = [source] if source else list(config.sources)
         self.split, self.seed, self.block_size = split, config.seed, config.block_size
         suffix = {"train": "", "val": "_val"}[split]
         self.bins = [Bin(config.data_dir / f"{name}{suffix}.bin", meta["sources"][name][split]["tokens"],
-                         config.model.vocab_size, config.block_size) for name in self.names]
-        for bin in self.bins:
-            if not bin.blocks:
+                         config.model.vocab_size, config.block_size, (first or {}).get(name)) for name in self.names]
+        needed = tokens_needed(config)
+        for name, bin in zip(self.names, self.bins):
+            if not bin.blocks and (needed[name] or split == "val"):
                 raise BadInput(f"{bin.path} is shorter than one block of {config.block_size} tokens; "
                                f"choose a smaller --block_size")
         if split == "train":

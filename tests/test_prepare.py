@@ -4,14 +4,16 @@ import random
 import re
 import resource
 import signal
+import time
 import unicodedata
 
 import numpy as np
 import pytest
 
+import library
 import prepare
 import tokenizer
-from config import BadInput, Source, load
+from config import BadInput
 from tests.commands import refused, run, start
 
 SOURCES = ("web", "code", "math")
@@ -78,7 +80,7 @@ def test_no_document_stands_twice(texts):
 
 
 def test_arithmetic_is_right_and_held_out_sums_are_unseen(texts):
-    asked = {(int(a), int(b)) for question in prepare.arithmetic_quiz()
+    asked = {(int(a), int(b)) for question in library.arithmetic_quiz()
              for a, b in re.findall(r"(\d+) \+ (\d+) =", question["prompt"])}
     assert 10 <= len(asked) <= 30
     for split in SPLITS:
@@ -88,13 +90,13 @@ def test_arithmetic_is_right_and_held_out_sums_are_unseen(texts):
             kind = sign[1] or ("+" if sign[2] else "-" if sign[3] else "*")
             assert c == {"+": a + b, "-": a - b, "*": a * b}[kind], line
             assert ((a, b) in asked) == (split == "val") or kind != "+", line
-    for question in prepare.arithmetic_quiz():
+    for question in library.arithmetic_quiz():
         assert question["answer"] == str(eval(question["prompt"].rstrip("= ")))
 
 
 def test_quiz_is_written_beside_the_bins(quickstart_data):
     lines = (quickstart_data / "math_quiz.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == prepare.arithmetic_quiz()
+    assert [json.loads(line) for line in lines] == library.arithmetic_quiz()
 
 
 @pytest.mark.parametrize("text, prose, code", [
@@ -122,8 +124,8 @@ def test_clean_text_settles(rng):
 
 def test_prose_leaves_doctests_and_rules_out():
     docstring = "Heading\n-------\n" + "Some words about it. " * 12 + "\n\n>>> f(1)\n2\n\nMore words."
-    assert prepare.prose(docstring) == "Heading\n" + "Some words about it. " * 12 + "\nMore words."
-    assert prepare.prose("Too short to learn from.") == ""
+    assert library.prose(docstring) == "Heading\n" + "Some words about it. " * 12 + "\nMore words."
+    assert library.prose("Too short to learn from.") == ""
 
 
 def test_documentation_is_read_without_importing(tmp_path):
@@ -131,18 +133,20 @@ def test_documentation_is_read_without_importing(tmp_path):
     file = tmp_path / "module.py"
     file.write_text('"""Top."""\nraise SystemExit\nclass A:\n    """Class."""\n    def f(self):\n        """Inner."""\n'
                     'add_newdoc("numpy", "abs", """\n    Long text.\n    """)\nother("not documentation")\n')
-    assert [text for text in prepare.docstrings(file) if text] == ["Top.", "Class.", "Inner.", "Long text."]
+    assert [text for text in library.docstrings(file) if text] == ["Top.", "Class.", "Inner.", "Long text."]
     file.write_text("this is {{ no }} python")
-    assert prepare.docstrings(file) == []
+    assert library.docstrings(file) == []
 
 
 def test_bins_do_not_depend_on_anything_but_the_recipe(tmp_path, quickstart_data):
-    """The arithmetic written again is the same, byte for byte, whatever the state of the global generators."""
-    random.seed()
-    source = load([]).sources["math"]
-    prepare.write_source("math", source, tokenizer.load("quickstart-2048"), tmp_path, set())
+    """The arithmetic written again is the same, byte for byte, whatever the hash seed of the process."""
+    file = tmp_path / "sums.py"
+    file.write_text("from config import Config, Source\nconfig = Config(sources={'math': "
+                    "Source('library:arithmetic', preserve_linebreaks=True)})\n")
+    code, out, err = run("prepare.py", file, "--data_dir", "data", cwd=tmp_path)
+    assert code == 0, (out, err)
     for name in ("math.bin", "math_val.bin"):
-        assert (tmp_path / name).read_bytes() == (quickstart_data / name).read_bytes()
+        assert (tmp_path / "data" / name).read_bytes() == (quickstart_data / name).read_bytes()
 
 
 def test_a_second_run_leaves_complete_data_alone(quickstart_data, tmp_path):
@@ -158,12 +162,13 @@ def test_ctrl_c_leaves_nothing_that_looks_complete(tmp_path):
     """Interrupted while it writes: one line, the usual exit code, no meta.json; and train.py says what to do."""
     process = start("prepare.py", "--data_dir", "data", cwd=tmp_path, start_new_session=True)
     assert "preparing" in process.stdout.readline()
-    assert "tokens so far" in process.stdout.readline()
+    while not (tmp_path / "data" / "progress.json").exists() and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.strip() == "interrupted"
     assert not (tmp_path / "data" / "meta.json").exists()
-    refused(run("train.py", "--data_dir", "data", cwd=tmp_path), "no prepared data", "prepare.py")
+    refused(run("train.py", "--data_dir", "data", cwd=tmp_path), "not complete", "prepare.py")
 
 
 def test_full_disk(tmp_path):
@@ -175,9 +180,12 @@ def test_full_disk(tmp_path):
 
 @pytest.mark.parametrize("held, missing", [(False, "held-out"), (True, "training")])
 def test_a_source_that_fills_one_split_only(tmp_path, monkeypatch, held, missing):
-    monkeypatch.setitem(prepare.LIBRARY, "library:one", lambda: iter([(held, "one document, and no other")]))
+    monkeypatch.setitem(library.SOURCES, "library:arithmetic", lambda: iter([(held, "one document, and no other")]))
+    file = tmp_path / "one.py"
+    file.write_text("from config import Config, Source\nconfig = Config(sources={'math': Source('library:arithmetic')})\n")
     with pytest.raises(BadInput, match=f"no {missing} documents"):
-        prepare.write_source("web", Source("library:one", 1, 1), tokenizer.load("quickstart-2048"), tmp_path, set())
+        prepare.main([str(file), "--data_dir", str(tmp_path / "data")])
+    assert not (tmp_path / "data" / "meta.json").exists()
 
 
 def test_damaged_meta(tmp_path):
