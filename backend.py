@@ -37,6 +37,14 @@ class Backend:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def scaler(self) -> torch.amp.GradScaler:
+        """What keeps FP16's gradients from vanishing: the loss is scaled up, and gradients down again before a step.
+
+        A step whose gradients overflow is skipped, and the scale halved (Micikevicius et al. 2018, Mixed Precision
+        Training). For other types, whose exponents reach as far as FP32's, it does nothing.
+        """
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, without waiting for the copy."""
         return tensor.to(self.device, non_blocking=True)
@@ -60,9 +68,10 @@ class Backend:
 
 
 def pick(backend: str = "auto", dtype: str = "auto") -> Backend:
-    """The backend "cpu", "cuda" or "auto", in "float32", "bfloat16" or "auto" (bfloat16 where the hardware has it).
+    """The backend "cpu", "cuda" or "auto", in "float32", "bfloat16", "float16" or "auto".
 
-    Raises BadInput for a device that is not there.
+    auto is bfloat16 where the hardware has it, or else float16 on a GPU and float32 on a CPU. Raises BadInput for a
+    device that is not there.
     """
     has_cuda = torch.cuda.is_available()
     if backend == "cuda" and not has_cuda:
@@ -70,12 +79,12 @@ def pick(backend: str = "auto", dtype: str = "auto") -> Backend:
     if has_cuda and backend != "cpu":
         # Asked of the capability: torch.cuda.is_bf16_supported() says yes on a T4, which emulates it, slowly.
         has_bf16, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
-        device = torch.device("cuda", torch.cuda.current_device())
+        device, otherwise = torch.device("cuda", torch.cuda.current_device()), "float16"
     else:
         # torch before 2.10 cannot tell what the CPU has; such a run is in FP32 unless it asks for more.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         has_bf16, name = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"), "CPU"
-        device = torch.device("cpu")
+        device, otherwise = torch.device("cpu"), "float32"
     if dtype == "auto":
-        dtype = "bfloat16" if has_bf16 else "float32"
+        dtype = "bfloat16" if has_bf16 else otherwise
     return Backend(device, getattr(torch, dtype), name)

@@ -17,6 +17,7 @@ import torch
 
 import backend
 import checkpoint
+import quant_t4
 import tokenizer
 from config import BadInput, Config, load, script
 from data import Batches, read_meta
@@ -28,12 +29,14 @@ def learning_rate(step: int, config: Config) -> float:
 
     A linear warmup to the peak; then either half a cosine, to 0 at max_steps (Stentor3 card, Learning Rate Schedule;
     Loshchilov & Hutter 2017), or the peak until the decay, and a line to 0 just after max_steps ("wsd", Hu et al.
-    2024, MiniCPM).
+    2024, MiniCPM). Steps count from 1, so the first has a rate; and the last, whose cosine would be 0, has that of half
+    a step earlier: no step is computed for nothing.
     """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+        length = config.max_steps - config.warmup_steps
+        progress = min(step - config.warmup_steps, length - 0.5) / length
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     decay_steps = max(1, round(config.decay_fraction * config.max_steps))
     return config.learning_rate * min(1.0, (config.max_steps + 1 - step) / (decay_steps + 1))
@@ -145,16 +148,18 @@ def open_run(config: Config, last_step: int) -> list[dict]:
     return metrics
 
 
-def announce(config: Config, model: Llama, batches: Batches, device: backend.Backend, compiled: bool, resumed):
+def announce(config: Config, model: Llama, recipe: dict[str, int], batches: Batches, device: backend.Backend,
+             compiled: bool, resumed: dict | None):
     """Print what is about to run, and as what factors, so that a wrong run is seen before its first step."""
     c, sequences = config.model, len(batches.mine)
     micro_batches = math.ceil(sequences / config.micro_batch_size)
     sources = []
     for number, (name, source) in enumerate(config.sources.items()):
-        epochs = (batches.order == number).sum() / batches.bins[number].blocks
+        epochs = (batches.order == number).sum() / max(1, batches.bins[number].blocks)
         sources.append(f"{name} {source.ratio:.0%} (anneal {source.anneal_ratio:.0%}, {epochs:.2f} epochs)")
     print(f"model    {model.num_parameters():,} parameters: {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads, vocabulary {c.vocab_size:,}")
+    print(f"recipe   {', '.join(f'{count} {kind}' for kind, count in recipe.items())}")
     print(f"step     {config.tokens_per_step:,} tokens = {device.world_size} device x {sequences} sequences x "
           f"{config.block_size} tokens, in {micro_batches} micro-batches")
     print(f"run      {'up to ' if config.train_minutes else ''}{config.max_steps:,} steps, "
@@ -183,28 +188,41 @@ def main(argv: list[str]):
     # The model and the optimizer
     torch.manual_seed(config.seed)
     model = Llama(config.model).to(device.device)
+    try:
+        recipe = quant_t4.apply_t4_recipe(model, config.int8_linears)
+    except ValueError as error:
+        raise BadInput(f"int8_linears: {error}") from error
     groups = model.parameter_groups(config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
+    scaler = device.scaler()
+
     # Where to start
     resumed = earlier_checkpoint(config)
-    state = {"step": 0, "seconds": 0.0, "best_loss": math.inf}
+    state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "skipped_steps": 0}
     longest = config.max_steps
     if resumed:
-        state = checkpoint.load(resumed, model, optimizer)
+        state |= checkpoint.load(resumed, model, optimizer)
+        if state.get("scaler") and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
         if config.train_minutes:
             config = replace(config, max_steps=state["config"]["max_steps"])
     best_loss, earlier_seconds = state["best_loss"], state["seconds"]
 
-    # The data: what a step reads depends on the step alone
-    batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
+    # The data: what a step reads depends on the step alone. A resumed run keeps to the tokens that were there when it
+    # began, unless it has been made longer: more of them would shuffle into another order.
+    tokens = {name: meta["sources"][name]["train"]["tokens"] for name in config.sources}
+    if resumed and state["config"]["max_steps"] == config.max_steps:
+        tokens = state.get("train_tokens", tokens)
+    batches = Batches(config, "train", rank=device.rank, world_size=device.world_size, first=tokens)
     held_out = {name: Batches(config, "val", name) for name in config.sources}
 
     step_model = model
     if config.compile:  # tried on a batch of the loop's own shape
         step_model = device.compile(model, *map(device.put, next(iter(held_out.values()))[0]))
 
-    announce(config, model, batches, device, compiled=step_model is not model, resumed=state if resumed else None)
+    compiled = step_model is not model
+    announce(config, model, recipe, batches, device, compiled, resumed=state if resumed else None)
     metrics = open_run(config, state["step"])
 
     # Ctrl-C and SIGTERM ask for a stop, and the loop answers between two steps; a second Ctrl-C does not wait.
@@ -236,10 +254,15 @@ def main(argv: list[str]):
             with device.autocast():
                 _, loss = step_model(device.put(inputs), device.put(labels))
             loss = loss * (len(inputs) / len(input_ids))  # the mean over the step, not over the micro-batch
-            loss.backward()
+            scaler.scale(loss).backward()
             step_loss += loss.detach()
+        scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped = scaler.get_scale() < scale  # the gradients were too large for FP16
+        state["skipped_steps"] += skipped
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
@@ -252,17 +275,21 @@ def main(argv: list[str]):
         evaluating = step % config.eval_interval == 0 or last
         if step % config.log_interval == 0 or evaluating or stopping:
             train_loss, norm = float(step_loss), float(grad_norm)  # waits for the device
-            if not math.isfinite(train_loss + norm):
+            if not math.isfinite(train_loss) or not math.isfinite(norm) and not skipped:
                 print(f"error: the loss or its gradient is not finite at step {step} (loss {train_loss}, gradient norm "
                       f"{norm}); the checkpoints before it are kept. Try a smaller --learning_rate.", flush=True)
                 return 1
             now = time.monotonic()
             tokens_per_second = (step - logged_step) * config.tokens_per_step / (now - logged_time)
             logged_step, logged_time = step, now
-            entry = {"step": step, "tokens": step * config.tokens_per_step, "train_loss": train_loss, "grad_norm": norm,
-                     "learning_rate": rate, "tokens_per_second": round(tokens_per_second)}
+            entry = {"step": step, "tokens": step * config.tokens_per_step, "train_loss": train_loss,
+                     "grad_norm": None if skipped else norm, "learning_rate": rate,
+                     "tokens_per_second": round(tokens_per_second)}
             line = (f"step {step:6,}/{config.max_steps:,}  loss {train_loss:.4f}  grad {norm:.2f}  "
                     f"lr {rate:.2e}  {tokens_per_second:,.0f} tok/s")
+            if scaler.is_enabled():
+                entry |= {"skipped_steps": state["skipped_steps"], "loss_scale": scaler.get_scale()}
+                line += f"  skipped {state['skipped_steps']}"
             if device.peak_flops:
                 entry["mfu"] = tokens_per_second * flops_per_token / device.peak_flops
                 line += f"  mfu {entry['mfu']:.1%}"
@@ -282,12 +309,13 @@ def main(argv: list[str]):
         seconds = earlier_seconds + time.monotonic() - started
         if config.train_minutes and step < (1 - config.decay_fraction) * config.max_steps:
             config = fit(config, longest, step, seconds)
-            batches = Batches(config, "train", rank=device.rank, world_size=device.world_size)
+            batches = Batches(config, "train", rank=device.rank, world_size=device.world_size, first=tokens)
             print(f"at this pace {config.max_steps:,} steps fit into {config.train_minutes:g} minutes", flush=True)
         best = evaluating and val["loss"] < best_loss
         best_loss = val["loss"] if best else best_loss
         state |= {"step": step, "seconds": seconds, "best_loss": best_loss, "config": as_json(config),
-                  "tokenizer_sha256": vocabulary.sha256}
+                  "tokenizer_sha256": vocabulary.sha256, "scaler": scaler.state_dict(),
+                  "train_tokens": tokens}
         checkpoint.save(config.out_dir, model, optimizer, state, best, config.keep_checkpoints)
         logged_time = time.monotonic()  # the speed is that of training alone
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import backend
 import train
@@ -224,6 +225,9 @@ def test_learning_rate():
     assert train.learning_rate(1621, config) == pytest.approx(8e-4)
     assert train.learning_rate(17_023, config) == pytest.approx(4e-4)
     assert train.learning_rate(32_425, config) == pytest.approx(0, abs=1e-12)
+    rates = [train.learning_rate(step, config) for step in range(1, 32_426)]
+    assert min(rates) > 0 and np.argmax(rates) == 1620
+    assert (np.diff(rates[:1621]) > 0).all() and (np.diff(rates[1620:]) < 0).all()
     config = Config(max_steps=100, learning_rate=1.0, schedule="wsd", warmup_fraction=0.1, decay_fraction=0.2)
     rates = [train.learning_rate(step, config) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
@@ -260,3 +264,41 @@ def test_evaluation_against_float64(quickstart_data, rng):
     figures = train.mixed(losses, config, meta)
     assert figures["bits_per_byte"] == pytest.approx(bits / length, rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+
+
+def test_fp16_skips_an_overflow_and_recovers(tiny, tmp_path, monkeypatch, rng):
+    """A scale far too large: steps are skipped and change nothing, the scale backs off, and then it learns; a run that
+    is stopped among the skipped steps and resumed is the run that was not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backend.Backend, "scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    options = [*tiny, "--dtype=float16", "--max_steps=30", "--eval_interval=1", "--eval_blocks=1",
+               "--keep_checkpoints=30"]
+    train.main([*options, "--name=whole"])
+    lines = [m for m in metrics(tmp_path / "out/whole") if "train_loss" in m]
+    skipped = lines[-1]["skipped_steps"]
+    assert 3 < skipped < 26 and lines[-1]["loss_scale"] == 2.0 ** (40 - skipped)
+    for line, before in zip(lines, [{"skipped_steps": 0}, *lines]):
+        assert (line["grad_norm"] is None) == (line["skipped_steps"] > before["skipped_steps"])
+    first = next(number for number, line in enumerate(lines) if line["grad_norm"])  # so many skipped at the start
+    weights = [load_file(tmp_path / f"out/whole/step_{step:08}/model.safetensors") for step in (1, first, 30)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not any(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    stop = rng.randint(2, first + 5)
+    monkeypatch.setattr(train, "learning_rate", stopping_at(stop, train.learning_rate))
+    train.main([*options, "--name=parts"])
+    train.main([*options, "--name=parts", "--resume"])
+    assert metrics(tmp_path / "out/parts") == metrics(tmp_path / "out/whole")
+
+
+def stopping_at(step, learning_rate):
+    """A learning_rate that asks for a stop at a step, as SIGTERM would, once."""
+    asked = []
+
+    def stopping(number, config):
+        if number == step and not asked:
+            asked.append(number)
+            signal.raise_signal(signal.SIGTERM)
+        return learning_rate(number, config)
+
+    return stopping
