@@ -3,6 +3,7 @@ How fast this code is, next to its peers.
 
     python bench.py tokenizer                 # a table
     python bench.py tokenizer --markdown      # the same for a README
+    python bench.py prepare                   # from Parquet to bins
 
 A speed alone says as much about the machine as about the code. So a peer runs in the same
 process, the runs of all contestants alternate (a machine that slows down slows them all), the figure
@@ -13,14 +14,22 @@ A section is a function that takes the parsed command line and returns rows for 
 import argparse
 import ast
 import importlib.util
+import json
+import multiprocessing
 import os
+import pickle
+import shutil
 import statistics
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
+import prepare
 import tokenizer
+from config import Source
 
 DOCUMENT = 5000  # characters
 
@@ -165,7 +174,136 @@ def bench_tokenizer(arguments):
     return ("text", "what", "MB/s", *(f"x {peer}" for peer in peers)), rows
 
 
-SECTIONS = {"tokenizer": bench_tokenizer}
+# -----------------------------------------------------------------------------
+# prepare
+
+def make_shards(folder, megabytes, texts):
+    """Parquet files of about 25 MB of text each, the texts over and over, each time cut elsewhere -> their paths."""
+    import pyarrow
+    import pyarrow.parquet
+
+    paths, size, turn = [], 0, 0
+    text = "".join(texts)
+    while size < megabytes * 1e6:
+        starts = range(7 * turn % DOCUMENT, len(text) - DOCUMENT, DOCUMENT)
+        documents = [text[start:start + DOCUMENT] for start in starts][:25_000_000 // DOCUMENT]
+        paths.append(Path(folder) / f"{len(paths):04}.parquet")
+        table = pyarrow.table({"text": documents})
+        pyarrow.parquet.write_table(table, paths[-1], row_group_size=1000, compression="zstd")
+        size, turn = size + DOCUMENT * len(documents), turn + 1
+    return paths
+
+
+def on_every_core(work):
+    """Run work() in a process for each core, all at once -> seconds until the last has ended."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work) for _ in range(prepare.WORKERS)]
+    start = time.perf_counter()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return time.perf_counter() - start
+
+
+def resident(group):
+    """Resident bytes of all processes of a process group, from /proc."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[2]) == group:
+            total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    return total
+
+
+def run_prepare(folder, shards, preserve_linebreaks, vocab):
+    """prepare.py on shards, as its user runs it -> (seconds in all, peak resident bytes, meta.json)"""
+    preset = Path(folder) / "bench.py"
+    source = f"Source('parquet', data_files={tuple(map(str, shards))}, preserve_linebreaks={preserve_linebreaks})"
+    preset.write_text(f"from config import Config, Source\nconfig = Config(tokenizer={vocab!r}, max_steps=10**6, "
+                      f"sources={{'text': {source}}})\n")
+    data = Path(folder) / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    command = [sys.executable, str(Path(__file__).with_name("prepare.py")), str(preset), "--data_dir", str(data)]
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.1)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        sys.exit("bench.py: prepare.py has failed")
+    return seconds, peak, json.loads((data / "meta.json").read_text())
+
+
+def breakdown(shards, preserve_linebreaks, vocabulary):
+    """CPU seconds of each stage of prepare.py on a shard, one after the other in this process -> {stage: seconds}"""
+    seconds, eos = {}, vocabulary.eos_id.to_bytes(2, "little")
+
+    def stage(name, work):
+        start = time.process_time()
+        result = work()
+        seconds[name] = time.process_time() - start
+        return result
+
+    source = Source("parquet", data_files=tuple(map(str, shards)))
+    list(prepare.read(prepare.open_dataset(source, None, []), "text", [None, 0]))  # imports are not counted
+    chunks = stage("read Parquet", lambda: [texts for texts, _, _ in prepare.read(
+        prepare.open_dataset(source, None, []), "text", [None, 0])])
+    chunks = stage("send to a worker", lambda: pickle.loads(pickle.dumps(chunks)))
+    clean = stage("clean", lambda: [prepare.clean_text(text, preserve_linebreaks)
+                                    for texts in chunks for text in texts])
+    encoded = stage("tokenize", lambda: [vocabulary.encode_counted(text) for text in clean])
+    stage("count bytes", lambda: [vocabulary.count_bytes(ids) for ids, _ in encoded])
+    documents = stage("join", lambda: [ids.tobytes() + eos for ids, _ in encoded if vocabulary.eos_id not in ids])
+    documents = stage("send back", lambda: pickle.loads(pickle.dumps(documents)))
+    with tempfile.TemporaryFile() as file:
+        stage("write", lambda: [file.write(document) for document in documents])
+    return seconds, sum(len(text.encode()) for text in clean) / 1e6
+
+
+def bench_prepare(arguments):
+    """MB of clean text per second and core, from Parquet to bins, next to the tokenizer alone; and the memory."""
+    vocabulary, cores, rows = tokenizer.load(arguments.vocab), prepare.WORKERS, []
+    kinds = documents(arguments.documents * 10)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, texts in kinds.items():
+            keep = kind == "code"
+            clean = [prepare.clean_text(text, keep) for text in texts]
+            size = sum(len(text.encode()) for text in clean) / 1e6
+            shards = make_shards(folder, arguments.megabytes, texts)
+            vocabulary.encode(clean[0])  # compiled before the processes are forked
+            alone, whole, in_all = [], [], []
+            for _ in range(arguments.rounds):
+                seconds = on_every_core(lambda: [vocabulary.encode_counted(text) for text in clean])
+                alone.append(size / seconds)  # each core has tokenized all of it
+                seconds, peak, meta = run_prepare(folder, shards, keep, arguments.vocab)
+                counts = meta["sources"]["text"]
+                megabytes = (counts["train"]["bytes"] + counts["val"]["bytes"]) / 1e6
+                whole.append(megabytes / meta["seconds"] / cores)
+                in_all.append(megabytes / seconds / cores)
+            reference = statistics.median(alone)
+            for what, speeds in (("tokenizer alone", alone), ("Parquet to bins", whole),
+                                 ("the same, start of the program included", in_all)):
+                speed = statistics.median(speeds)
+                rows.append((kind, what, f"{speed:.2f}", f"{speed / reference:.2f}"))
+            stages, megabytes = breakdown(shards[:1], keep, vocabulary)
+            for name, seconds in stages.items():
+                share = seconds / sum(stages.values())
+                rows.append((kind, f"  {name}", f"{megabytes / seconds:.0f}", f"{share:.1%} of CPU"))
+            for path in shards:
+                path.unlink()
+        peaks = [run_prepare(folder, make_shards(folder, megabytes, kinds["prose"]), False, arguments.vocab)[1] / 1e6
+                 for megabytes in (100, 1000)]
+    print(f"{vocabulary.name}, {arguments.megabytes} MB of Parquet, {cores} cores, medians of {arguments.rounds}; peak "
+          f"resident memory {peaks[0]:.0f} MB for 100 MB of text, {peaks[1]:.0f} MB for 1 GB\n")
+    return ("text", "what", "MB/s a core", "x tokenizer"), rows
+
+
+SECTIONS = {"tokenizer": bench_tokenizer, "prepare": bench_prepare}
 
 
 def main():
@@ -173,6 +311,7 @@ def main():
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--vocab", default="quickstart-2048", help="name or path (default: %(default)s)")
     parser.add_argument("--documents", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=300, help="of text to prepare (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     arguments = parser.parse_args()

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run
+from tests.test_family import FAMILY
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COUNTS = re.findall(r"\[\S+\]\((\S+\.py)\) \| (\d+) \|", README)
@@ -17,7 +20,9 @@ def test_line_counts(file, lines):
 
 def test_every_room_is_in_the_reading_order():
     listed = {file for file, _ in COUNTS} | {"bench.py"}
-    assert listed == {path.name for path in ROOT.glob("*.py")} | {f"config/{p.name}" for p in ROOT.glob("config/*.py")}
+    assert listed == {path.name for path in ROOT.glob("*.py")} | {"config/__init__.py", "config/quickstart.py"}
+    for name in FAMILY:
+        assert f"](config/{name}.py)" in README
 
 
 def test_links_lead_somewhere():
@@ -35,3 +40,17 @@ def test_options_exist():
     text = "".join((ROOT / name).read_text() for name in ("config/__init__.py", "sample.py", "model.py"))
     for option in set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)?)", README)) - {"help"}:
         assert re.search(rf"^    {option.split('.')[-1]}: ", text, re.MULTILINE), option
+
+
+def test_your_own_text(rng, tmp_path):
+    """The README's own config of four lines prepares plain text files, and trains on them."""
+    [lines] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(lines)
+    (tmp_path / "my").mkdir()
+    for name in "ab":
+        paragraphs = [f"Paragraph {rng.random()} is\nnot like the others." for _ in range(300)]
+        (tmp_path / "my" / f"{name}.txt").write_text("\n\n".join(paragraphs))
+    code, out, err = run("prepare.py", "mine.py", cwd=tmp_path)
+    assert code == 0 and " 500 documents" in out and " 100 held out" in out, (out, err)
+    code, out, err = run("train.py", "mine.py", "--max_steps=2", "--tokens_per_step=512", cwd=tmp_path)
+    assert code == 0 and "trained 2 steps" in out, (out, err)
