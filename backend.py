@@ -1,12 +1,21 @@
 """The device: the only file that knows which one a run is on.
 
-train.py asks a Backend for what differs between devices and is otherwise the same plain loop everywhere.
+train.py asks a Backend for what differs between devices and is otherwise the same plain loop everywhere. Several GPUs
+are several processes of that loop, which torchrun starts:
+
+    torchrun --standalone --nproc_per_node=2 train.py config/stentor2_30m.py
 """
 
+import functools
+import os
+import re
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from config import BadInput
 
@@ -31,6 +40,11 @@ class Backend:
         known = [peak for part, peak in PEAK_FLOPS.items() if part in self.name]
         return known[0] * self.world_size if known and self.dtype != torch.float32 else None
 
+    @property
+    def idle_gpus(self) -> int:
+        """GPUs of this machine that the run leaves alone, as torchrun has not started a process for each."""
+        return torch.cuda.device_count() - 1 if self.device.type == "cuda" and self.world_size == 1 else 0
+
     def autocast(self):
         """The context of a forward pass: matrix products in self.dtype, parameters FP32 as ever."""
         if self.dtype == torch.float32:
@@ -53,38 +67,109 @@ class Backend:
         """The model compiled, or the model itself and a line that says why, where compiling fails.
 
         Compilation is lazy and so are its failures (a Kaggle T4 pair lacks a library, a laptop a C++ compiler):
-        one forward and backward pass on this batch brings them out here, where falling back costs nothing.
+        one forward and backward pass on this batch brings them out here, where falling back costs nothing. Where it
+        fails in one process, all of them go on without.
         """
-        compiled = torch.compile(model)
+        compiled, reason = torch.compile(model), ""
         try:
             with self.autocast():
                 compiled(input_ids, targets)[1].backward()
         except Exception as error:  # whatever the compiler, the linker or the driver may raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            print(f"torch.compile failed, going on without it: {reason[:200]}", flush=True)
-            compiled = model
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         model.zero_grad(set_to_none=True)
-        return compiled
+        if not self.agreed(bool(reason)):
+            return compiled
+        print(f"torch.compile failed, going on without it: {reason or 'in another process'}", flush=True)
+        return model
+
+    # What the processes of a run do together. Each call must be made by all of them, and waits for the last.
+
+    def parallel(self, model):
+        """The model as one of world_size copies, which begin alike and average their gradients in `backward`."""
+        return DistributedDataParallel(model) if self.world_size > 1 else model
+
+    def accumulating(self, model, last: bool):
+        """The context of a forward and backward pass of a step: only in its last do gradients travel."""
+        return nullcontext() if last or self.world_size == 1 else model.no_sync()
+
+    def mean(self, value: torch.Tensor) -> float:
+        """The mean over all processes of a number that is on the device. Waits for the device."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return float(value) / self.world_size
+
+    def total(self, *values: float) -> list[float]:
+        """The sums over all processes, in float64."""
+        return self._on_cpu(values, dist.ReduceOp.SUM)
+
+    def agreed(self, value: float) -> float:
+        """The largest over all processes, so that all go the same way where one has reason to. The device goes on."""
+        return self._on_cpu([value], dist.ReduceOp.MAX)[0]
+
+    def _on_cpu(self, values, operation) -> list[float]:
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, operation)
+        return tensor.tolist()
+
+
+def half_precision(capability: tuple[int, int]) -> torch.dtype:
+    """The 16-bit type for a GPU of this compute capability: bfloat16 from 8.0 on (Ampere).
+
+    Asked of the capability: torch.cuda.is_bf16_supported() says yes on a T4 (7.5), which emulates it, slowly.
+    """
+    return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
 def pick(backend: str = "auto", dtype: str = "auto") -> Backend:
     """The backend "cpu", "cuda" or "auto", in "float32", "bfloat16", "float16" or "auto".
 
-    auto is bfloat16 where the hardware has it, or else float16 on a GPU and float32 on a CPU. Raises BadInput for a
-    device that is not there.
+    auto is 16 bits on a GPU (`half_precision`), bfloat16 on a CPU that has it, or else float32. Under torchrun this
+    process joins the others. Raises BadInput for a device that is not there.
     """
-    has_cuda = torch.cuda.is_available()
-    if backend == "cuda" and not has_cuda:
+    under_torchrun = dist.is_torchelastic_launched()
+    rank, local_rank, world_size = ((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+                                    if under_torchrun else (0, 0, 1))
+    gpus = torch.cuda.device_count()
+    if backend == "cuda" and not gpus:
         raise BadInput("--backend cuda: torch sees no CUDA GPU here; use --backend cpu")
-    if has_cuda and backend != "cpu":
-        # Asked of the capability: torch.cuda.is_bf16_supported() says yes on a T4, which emulates it, slowly.
-        has_bf16, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
-        device, otherwise = torch.device("cuda", torch.cuda.current_device()), "float16"
+    if gpus and backend != "cpu":
+        if local_rank >= gpus:
+            raise BadInput(f"torchrun started more processes than there are GPUs; use --nproc_per_node={gpus}")
+        device = torch.device("cuda", local_rank if under_torchrun else torch.cuda.current_device())
+        torch.cuda.set_device(device)
+        name, best = torch.cuda.get_device_name(device), half_precision(torch.cuda.get_device_capability(device))
     else:
         # torch before 2.10 cannot tell what the CPU has; such a run is in FP32 unless it asks for more.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        has_bf16, name = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"), "CPU"
-        device, otherwise = torch.device("cpu"), "float32"
-    if dtype == "auto":
-        dtype = "bfloat16" if has_bf16 else otherwise
-    return Backend(device, getattr(torch, dtype), name)
+        has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        device, name, best = torch.device("cpu"), "CPU", torch.bfloat16 if has_bf16 else torch.float32
+    if under_torchrun and not dist.is_initialized():
+        # Gradients travel by NCCL; words between the processes by gloo, which does not wait for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Backend(device, best if dtype == "auto" else getattr(torch, dtype),
+                   f"{world_size} x {name}" if world_size > 1 else name, rank, world_size)
+
+
+def one_of_several(main):
+    """Decorate a script's main(argv): as a process of several, rank 0 alone speaks, and losing another is one line.
+
+    torchrun ends the others when one has died; this is for what they meet before, in the middle of their talk.
+    """
+    @functools.wraps(main)
+    def process(argv):
+        if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+            sys.stdout = open(os.devnull, "w")
+        try:
+            code = main(argv)
+        except RuntimeError as error:
+            if not dist.is_initialized() or not re.search("peer|gloo|NCCL", str(error), re.IGNORECASE):
+                raise
+            raise BadInput("lost another process of the run (torchrun says below which one, and how it ended); the "
+                           "checkpoints are kept: go on with the same command and --resume") from error
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
+
+    return process

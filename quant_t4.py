@@ -21,6 +21,9 @@ live with it. In three steps:
 The master weight is the module's own FP32 `weight`, under the name that every loader knows.
 """
 
+import math
+import time
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -98,7 +101,7 @@ class Int8LinearT4(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def apply_t4_recipe(model: Llama, linears: tuple[str, ...], integers: bool = False) -> dict[str, int]:
+def apply_t4_recipe(model: Llama, linears: tuple[str, ...]) -> dict[str, int]:
     """Make INT8 linears of those that are named (q_proj, ..., down_proj), in every block that does not run in FP32.
 
     The weights stay the parameters that they are, under the names that they have: so an optimizer and checkpoints
@@ -114,12 +117,52 @@ def apply_t4_recipe(model: Llama, linears: tuple[str, ...], integers: bool = Fal
         for name, linear in list(parent.named_children()):
             if name in linears:
                 int8 = Int8LinearT4(linear.in_features, linear.out_features, bias=False, device="meta")
-                int8.weight, int8.integers = linear.weight, integers
+                int8.weight = linear.weight
                 setattr(parent, name, int8)
     modules = list(model.modules())
     return {"INT8 linears": sum(isinstance(module, Int8LinearT4) for module in modules),
             "FP32 norms": sum(isinstance(module, RMSNorm) and module.fp32 for module in modules),
             "FP32 blocks": sum(block.fp32 for block in blocks)}
+
+
+def use_integers(model: Llama, integers: bool):
+    """Let all INT8 linears multiply integers, or the same numbers in floating point."""
+    for module in model.modules():
+        if isinstance(module, Int8LinearT4):
+            module.integers = integers
+
+
+def time_products(model: Llama, tokens: int, autocast) -> dict[str, float]:
+    """Seconds that the INT8 linears of one block take on this device with either product: {"fake", "integers"}.
+
+    A forward and a backward pass of `tokens` tokens in the context that autocast() gives; the best of a second's. Not
+    compiled. Infinite where the device cannot multiply integers.
+    """
+    block = next(block for block in model.model.layers if not block.fp32)
+    linears = [module for module in block.modules() if isinstance(module, Int8LinearT4)]
+
+    def passes():
+        for linear in linears:
+            x = torch.ones(tokens, linear.in_features, device=linear.weight.device, requires_grad=True)
+            with autocast():
+                y = linear(x)  # (tokens, in) -> (tokens, out)
+            gradients = torch.autograd.grad(y, (x, linear.weight), torch.ones_like(y))
+        float(gradients[1][0, 0])  # waits for the device
+
+    chosen, rounds, begun = linears[0].integers, 0, time.perf_counter()
+    best = {"fake": math.inf, "integers": math.inf}
+    while rounds < 2 or rounds < 20 and time.perf_counter() < begun + 1:  # in turns; the first of each warms up
+        for product in best:
+            use_integers(model, product == "integers")
+            start = time.perf_counter()
+            try:
+                passes()
+            except RuntimeError:
+                continue
+            best[product] = min(best[product], time.perf_counter() - start)
+        rounds += 1
+    use_integers(model, chosen)
+    return best
 
 
 def quantize_for_export(model: Llama) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -44,17 +44,21 @@ def learning_rate(step: int, config: Config) -> float:
 
 @torch.no_grad()
 def evaluate(model, held_out: dict[str, Batches], device: backend.Backend) -> dict[str, float]:
-    """Mean loss of each source's held-out blocks, in nats per token, summed in float64 over tokens."""
+    """Mean loss of each source's held-out blocks, in nats per token, summed in float64 over tokens.
+
+    Of several processes each takes every world_size-th batch.
+    """
     losses = {}
     for name, batches in held_out.items():
         total, count = 0.0, 0
-        for step in range(len(batches)):
+        for step in range(device.rank, len(batches), device.world_size):
             input_ids, targets = batches[step]
             tokens = int((targets != -100).sum())
             with device.autocast():
                 _, loss = model(device.put(input_ids), device.put(targets))
             total += loss.item() * tokens
             count += tokens
+        total, count = device.total(total, count)
         losses[name] = total / count
     return losses
 
@@ -148,8 +152,24 @@ def open_run(config: Config, last_step: int) -> list[dict]:
     return metrics
 
 
-def announce(config: Config, model: Llama, recipe: dict[str, int], batches: Batches, device: backend.Backend,
-             compiled: bool, resumed: dict | None):
+def choose_product(config: Config, model: Llama, tokens: int, device: backend.Backend,
+                   earlier: str | None) -> tuple[str, str]:
+    """How this run's INT8 linears multiply, "integers" or "fake", and why so.
+
+    A run that was resumed goes on as it began (`earlier`): the two agree to rounding, not to the bit.
+    """
+    if config.int8_product != "auto":
+        return config.int8_product, "as --int8_product says"
+    if earlier:
+        return earlier, "as the run began"
+    seconds = quant_t4.time_products(model, tokens, device.autocast)
+    seconds = {product: device.agreed(time) for product, time in seconds.items()}
+    return min(seconds, key=seconds.get), ", ".join(f"{product} {1000 * time:.1f} ms a block"
+                                                    for product, time in seconds.items())
+
+
+def announce(config: Config, model: Llama, recipe: str, batches: Batches, device: backend.Backend, compiled: bool,
+             resumed: dict | None):
     """Print what is about to run, and as what factors, so that a wrong run is seen before its first step."""
     c, sequences = config.model, len(batches.mine)
     micro_batches = math.ceil(sequences / config.micro_batch_size)
@@ -159,15 +179,18 @@ def announce(config: Config, model: Llama, recipe: dict[str, int], batches: Batc
         sources.append(f"{name} {source.ratio:.0%} (anneal {source.anneal_ratio:.0%}, {epochs:.2f} epochs)")
     print(f"model    {model.num_parameters():,} parameters: {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads, vocabulary {c.vocab_size:,}")
-    print(f"recipe   {', '.join(f'{count} {kind}' for kind, count in recipe.items())}")
-    print(f"step     {config.tokens_per_step:,} tokens = {device.world_size} device x {sequences} sequences x "
-          f"{config.block_size} tokens, in {micro_batches} micro-batches")
+    print(f"recipe   {recipe}")
+    print(f"step     {config.tokens_per_step:,} tokens = {device.world_size} device{'s' * (device.world_size > 1)} x "
+          f"{sequences} sequences x {config.block_size} tokens, in {micro_batches} micro-batches")
     print(f"run      {'up to ' if config.train_minutes else ''}{config.max_steps:,} steps, "
           f"{config.max_steps * config.tokens_per_step:,} tokens; "
           f"{config.schedule} to {config.learning_rate:g} after {config.warmup_steps:,} steps of warmup")
     print(f"data     {config.data_dir}: {', '.join(sources)}")
     print(f"device   {device.name}, {str(device.dtype).removeprefix('torch.')} products, "
           f"{'compiled' if compiled else 'eager'}; to {config.out_dir}")
+    if device.idle_gpus:
+        print(f"         {device.idle_gpus} more here is idle; to use all: "
+              f"torchrun --standalone --nproc_per_node={device.idle_gpus + 1} train.py ...")
     if resumed:
         before, now = resumed["config"], as_json(config)
         ours = [name for name in now if name not in ("resume", "overwrite", "max_minutes")]
@@ -176,6 +199,7 @@ def announce(config: Config, model: Llama, recipe: dict[str, int], batches: Batc
     print(end="", flush=True)
 
 
+@backend.one_of_several
 def main(argv: list[str]):
     started = time.monotonic()
     config = load(argv)
@@ -189,17 +213,16 @@ def main(argv: list[str]):
     torch.manual_seed(config.seed)
     model = Llama(config.model).to(device.device)
     try:
-        recipe = quant_t4.apply_t4_recipe(model, config.int8_linears)
+        counts = quant_t4.apply_t4_recipe(model, config.int8_linears)
     except ValueError as error:
         raise BadInput(f"int8_linears: {error}") from error
     groups = model.parameter_groups(config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
-
     scaler = device.scaler()
 
     # Where to start
     resumed = earlier_checkpoint(config)
-    state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "skipped_steps": 0}
+    state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "skipped_steps": 0, "int8_product": None}
     longest = config.max_steps
     if resumed:
         state |= checkpoint.load(resumed, model, optimizer)
@@ -217,28 +240,41 @@ def main(argv: list[str]):
     batches = Batches(config, "train", rank=device.rank, world_size=device.world_size, first=tokens)
     held_out = {name: Batches(config, "val", name) for name in config.sources}
 
+    recipe = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    if counts["INT8 linears"]:
+        tokens_at_once = min(config.micro_batch_size, len(batches.mine)) * config.block_size
+        product, why = choose_product(config, model, tokens_at_once, device, state["int8_product"])
+        quant_t4.use_integers(model, product == "integers")
+        state["int8_product"] = product
+        recipe += f"; INT8 product: {product} ({why})"
+
     step_model = model
     if config.compile:  # tried on a batch of the loop's own shape
         step_model = device.compile(model, *map(device.put, next(iter(held_out.values()))[0]))
-
     compiled = step_model is not model
+    parallel_model = device.parallel(step_model)
+
+    # From here on all processes are together, and rank 0 alone writes.
     announce(config, model, recipe, batches, device, compiled, resumed=state if resumed else None)
-    metrics = open_run(config, state["step"])
-
-    # Ctrl-C and SIGTERM ask for a stop, and the loop answers between two steps; a second Ctrl-C does not wait.
-    asked = []
-
-    def ask(number, frame):
-        asked.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
+    metrics = open_run(config, state["step"]) if device.rank == 0 else []
 
     def log(entry: dict):
         metrics.append(entry)
-        with (config.out_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        if device.rank == 0:
+            with (config.out_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    # Ctrl-C and SIGTERM ask for a stop, and the loop answers between two steps. A second Ctrl-C does not wait; but
+    # where torchrun passes on what the terminal has sent already, a second one is not the user's.
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        if device.world_size == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
 
     flops_per_token = model.flops_per_token(config.block_size)
     step, logged_step, logged_time = state["step"], state["step"], time.monotonic()
@@ -250,11 +286,14 @@ def main(argv: list[str]):
             group["lr"] = rate
         input_ids, targets = batches[step]
         step_loss = 0.0
-        for inputs, labels in zip(input_ids.split(config.micro_batch_size), targets.split(config.micro_batch_size)):
-            with device.autocast():
-                _, loss = step_model(device.put(inputs), device.put(labels))
-            loss = loss * (len(inputs) / len(input_ids))  # the mean over the step, not over the micro-batch
-            scaler.scale(loss).backward()
+        for start in range(0, len(input_ids), config.micro_batch_size):
+            micro_batch = slice(start, start + config.micro_batch_size)
+            inputs, labels = device.put(input_ids[micro_batch]), device.put(targets[micro_batch])
+            with device.accumulating(parallel_model, last=micro_batch.stop >= len(input_ids)):
+                with device.autocast():
+                    _, loss = parallel_model(inputs, labels)
+                loss = loss * (len(inputs) / len(input_ids))  # the mean over the step, not over the micro-batch
+                scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -268,13 +307,15 @@ def main(argv: list[str]):
 
         # Is it time to stop, to tell, to evaluate?
         if asked:
-            stopping = asked[0]
+            stopping = signal.Signals(asked[0]).name
         elif config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
             stopping = f"--max_minutes {config.max_minutes:g}"
+        if device.agreed(bool(stopping)):
+            stopping = stopping or "another process"
         last = step == config.max_steps
         evaluating = step % config.eval_interval == 0 or last
         if step % config.log_interval == 0 or evaluating or stopping:
-            train_loss, norm = float(step_loss), float(grad_norm)  # waits for the device
+            train_loss, norm = device.mean(step_loss), float(grad_norm)  # waits for the device
             if not math.isfinite(train_loss) or not math.isfinite(norm) and not skipped:
                 print(f"error: the loss or its gradient is not finite at step {step} (loss {train_loss}, gradient norm "
                       f"{norm}); the checkpoints before it are kept. Try a smaller --learning_rate.", flush=True)
@@ -306,7 +347,7 @@ def main(argv: list[str]):
             print(f"held out at step {step:,}: loss {val['loss']:.4f}, perplexity {val['perplexity']:.2f}, "
                   f"{val['bits_per_byte']:.4f} bits per byte  ("
                   + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) + ")", flush=True)
-        seconds = earlier_seconds + time.monotonic() - started
+        seconds = device.agreed(earlier_seconds + time.monotonic() - started)
         if config.train_minutes and step < (1 - config.decay_fraction) * config.max_steps:
             config = fit(config, longest, step, seconds)
             batches = Batches(config, "train", rank=device.rank, world_size=device.world_size, first=tokens)
@@ -316,10 +357,12 @@ def main(argv: list[str]):
         state |= {"step": step, "seconds": seconds, "best_loss": best_loss, "config": as_json(config),
                   "tokenizer_sha256": vocabulary.sha256, "scaler": scaler.state_dict(),
                   "train_tokens": tokens}
-        checkpoint.save(config.out_dir, model, optimizer, state, best, config.keep_checkpoints)
+        if device.rank == 0:
+            checkpoint.save(config.out_dir, model, optimizer, state, best, config.keep_checkpoints)
         logged_time = time.monotonic()  # the speed is that of training alone
 
-    draw_curves(metrics, config.out_dir / "curves.png")
+    if device.rank == 0:
+        draw_curves(metrics, config.out_dir / "curves.png")
     minutes = (time.monotonic() - started) / 60
     if stopping and step < config.max_steps:
         print(f"stopped by {stopping} at step {step:,} of {config.max_steps:,} after {minutes:.1f} minutes, and saved; "

@@ -132,6 +132,8 @@ class Config:
     """Precision of the matrix products; auto is bfloat16 where the hardware has it, and float16 on older GPUs."""
     int8_linears: tuple[str, ...] = ()
     """Linears of the inner blocks that learn to run in INT8 (quant_t4.py): any of q_proj to down_proj."""
+    int8_product: Literal["auto", "integers", "fake"] = "auto"
+    """How they multiply: integers, or the same numbers in floating point; auto is what is faster when a run begins."""
     compile: bool = False
     """Use torch.compile, and go on without where it fails."""
     resume: bool = False

@@ -30,7 +30,7 @@ config = Config(
         rope_theta=10_000.0,  # no card says: LlamaConfig's default
         tie_word_embeddings=True,
         scale_residual_init=False,  # as Stentor2
-        fp32_blocks=(),  # the FP32 islands came with Stentor2's recipe
+        fp32_blocks=(0, -1),
     ),
     block_size=512,
     tokens_per_step=16_384,
@@ -45,4 +45,6 @@ config = Config(
     max_grad_norm=1.0,
     seed=42,
     eval_interval=400,
+    # The cards call this Stentor2's recipe, and say of its predecessors only that T4s trained them: it is theirs too.
+    int8_linears=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 )

@@ -23,7 +23,7 @@ config = replace(
         rope_theta=10_000.0,
         tie_word_embeddings=True,
         scale_residual_init=False,
-        fp32_blocks=(),
+        fp32_blocks=(0, -1),
     ),
     max_steps=36_622,  # x 16,384 = 600 million tokens
     eval_interval=1000,
