@@ -4,6 +4,8 @@ How fast this code is, next to its peers.
     python bench.py tokenizer                 # a table
     python bench.py tokenizer --markdown      # the same for a README
     python bench.py prepare                   # from Parquet to bins
+    python bench.py t4                        # the INT8 linears; what a GPU of --capability 7.5 will choose
+    python bench.py qat                       # what quantization-aware training buys, by training it
 
 A speed alone says as much about the machine as about the code. So a peer runs in the same
 process, the runs of all contestants alternate (a machine that slows down slows them all), the figure
@@ -27,10 +29,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import prepare
-import tokenizer
-from config import Source
+import torch
 
+import backend
+import checkpoint
+import prepare
+import quant_t4
+import tokenizer
+import train
+from config import Source, load
+from data import Batches, read_meta
+from model import Llama, takes_grouped_heads
+
+CONFIGS = Path(__file__).with_name("config")
 DOCUMENT = 5000  # characters
 
 
@@ -303,7 +314,105 @@ def bench_prepare(arguments):
     return ("text", "what", "MB/s a core", "x tokenizer"), rows
 
 
-SECTIONS = {"tokenizer": bench_tokenizer, "prepare": bench_prepare}
+# -----------------------------------------------------------------------------
+# t4
+
+def choices(capability):
+    """What a GPU of this compute capability will run with, as the code decides it -> rows of (what, choice)"""
+    half = backend.half_precision(capability)
+
+    def attention(dtype):
+        return ("flash, grouped key and value heads" if takes_grouped_heads(capability, dtype) else
+                "memory-efficient, keys and values expanded to all heads")
+
+    return [("matrix products", str(half).removeprefix("torch.") + (", with a GradScaler" if half == torch.float16 else "")),
+            ("attention of the inner blocks", attention(half)),
+            ("attention of the FP32 blocks", attention(torch.float32)),
+            ("INT8 products", "of integers (torch._int_mm) or fake, whichever is faster when the run begins"
+                              if capability >= (7, 5) else "fake: no integer tensor cores"),
+            ("--compile", "Triton" if capability >= (7, 0) else "falls back: Triton needs 7.0")]
+
+
+def block_passes(model, tokens, device, product):
+    """A function that runs the linears of an inner block forward and backward, product "plain", "fake", "integers"."""
+    block = next(block for block in model.model.layers if not block.fp32)
+    linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = [torch.randn(tokens, linear.in_features, device=device.device, requires_grad=True) for linear in linears]
+
+    def run():
+        quant_t4.use_integers(model, product == "integers")
+        for linear, x in zip(linears, inputs):
+            with device.autocast():
+                y = linear(x)  # (tokens, in) -> (tokens, out)
+            gradients = torch.autograd.grad(y, (x, linear.weight), torch.ones_like(y))
+        float(gradients[1][0, 0])  # waits for the device
+    return run
+
+
+def bench_t4(arguments):
+    """Milliseconds of the linears of an inner block of Stentor2, forward and backward, on this machine's device."""
+    rows = []
+    for dtype in ("float32", "float16" if torch.cuda.is_available() else "bfloat16"):
+        device = backend.pick(dtype=dtype)
+        for name in ("stentor2_12m", "stentor2_30m"):
+            config = load([str(CONFIGS / f"{name}.py")])
+            plain, int8 = (Llama(config.model).to(device.device) for _ in range(2))
+            quant_t4.apply_t4_recipe(int8, config.int8_linears)
+            seconds = alternate({"plain": block_passes(plain, arguments.tokens, device, "plain"),
+                                 "fake": block_passes(int8, arguments.tokens, device, "fake"),
+                                 "integers": block_passes(int8, arguments.tokens, device, "integers")},
+                                arguments.rounds)
+            for product, time_ in seconds.items():
+                rows.append((name, dtype, product, f"{1000 * time_:.2f}", f"{time_ / seconds['plain']:.2f}"))
+    capability = tuple(map(int, arguments.capability.split(".")))
+    print(f"A GPU of compute capability {arguments.capability}:\n")
+    show(("what", "choice"), choices(capability), arguments.markdown)
+    print(f"\n{device.name}, {torch.get_num_threads()} threads, {arguments.tokens:,} tokens, eager, medians of "
+          f"{arguments.rounds}\n")
+    return ("block of", "products", "linears", "ms, forward and backward", "x plain"), rows
+
+
+# -----------------------------------------------------------------------------
+# qat
+
+@torch.no_grad()
+def bits_per_byte(run, int8):
+    """Held-out bits per byte of a run's last checkpoint, its linears in INT8 or not, all else in FP32."""
+    model, state = checkpoint.load_model(checkpoint.find(run))
+    if int8:
+        quant_t4.apply_t4_recipe(model, load([str(CONFIGS / "stentor2_12m.py")]).int8_linears)
+    config = load(["--data_dir", state["config"]["data_dir"]])
+    held_out = {name: Batches(config, "val", name) for name in config.sources}
+    losses = train.evaluate(model.eval(), held_out, backend.pick("cpu", "float32"))
+    return train.mixed(losses, config, read_meta(config))["bits_per_byte"]
+
+
+def bench_qat(arguments):
+    """Train the quickstart's model with and without INT8 linears, in FP32, on the same tokens, and run both both ways.
+
+    Runs that are there already are not trained again: out/qat_fp32_1, out/qat_int8_1, ...
+    """
+    linears, rows = load([str(CONFIGS / "stentor2_12m.py")]).int8_linears, []
+    for seed in range(1, arguments.seeds + 1):
+        figures = []
+        for kind, options in (("fp32", ()), ("int8", ("--int8_linears", *linears, "--int8_product=fake"))):
+            command = [sys.executable, str(Path(__file__).with_name("train.py")), "--dtype=float32", "--resume",
+                       f"--max_steps={arguments.steps}", "--train_minutes=None", "--max_minutes=None",
+                       f"--seed={seed}", f"--name=qat_{kind}_{seed}", *options]
+            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                sys.exit("bench.py: train.py has failed")
+            figures += [bits_per_byte(Path("out") / f"qat_{kind}_{seed}", int8) for int8 in (False, True)]
+        rows.append(figures)
+    rows.append([statistics.mean(column) for column in zip(*rows)])
+    print(f"Held-out bits per byte after {arguments.steps:,} steps of the quickstart's model\n")
+    names = [*(f"seed {seed}" for seed in range(1, arguments.seeds + 1)), "mean"]
+    return (("", "FP32 baseline", "it in INT8", "QAT in FP32", "QAT in INT8", "QAT in INT8 / baseline",
+             "QAT in INT8 / baseline in INT8"),
+            [(name, *(f"{figure:.4f}" for figure in (fp32, ptq, qat_fp32, qat)), f"{qat / fp32:.4f}", f"{qat / ptq:.4f}")
+             for name, (fp32, ptq, qat_fp32, qat) in zip(names, rows)])
+
+
+SECTIONS = {"tokenizer": bench_tokenizer, "prepare": bench_prepare, "t4": bench_t4, "qat": bench_qat}
 
 
 def main():
@@ -312,6 +421,10 @@ def main():
     parser.add_argument("--vocab", default="quickstart-2048", help="name or path (default: %(default)s)")
     parser.add_argument("--documents", type=int, default=200, help="of each kind (default: %(default)s)")
     parser.add_argument("--megabytes", type=int, default=300, help="of text to prepare (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="through the linears (default: %(default)s)")
+    parser.add_argument("--capability", default="7.5", help="of the GPU to tell of; a T4's is 7.5 (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="to train with (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="to train for (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     arguments = parser.parse_args()

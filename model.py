@@ -115,12 +115,16 @@ def apply_rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
-GROUPED_HEADS = (8, 0)  # the compute capability from which a GPU's fast attention kernels take grouped heads
-
-
 def expand_heads(x, heads: int):
     """Repeat key or value heads for the query heads that share them: (B, K, S, D) -> (B, heads, S, D)."""
     return x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def takes_grouped_heads(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether a GPU of this compute capability has a fast attention kernel for fewer key and value heads than query
+    heads: flash attention is one, from 8.0 on and in 16 bits. For what it cannot do (a T4, an FP32 block) there is
+    the memory-efficient kernel, which wants equal heads; given others PyTorch writes out all scores."""
+    return capability >= (8, 0) and dtype != torch.float32
 
 
 def causal_attention(q, k, v):
@@ -129,8 +133,7 @@ def causal_attention(q, k, v):
     The one place that chooses an attention kernel. Query head h reads key/value head h // (H / K).
     """
     T, S = q.size(2), k.size(2)
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < GROUPED_HEADS:
-        # Such a GPU (a T4) has no kernel for grouped heads but one that writes out all scores; for equal heads it has.
+    if q.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(q.device), q.dtype):
         k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
     mask = None
     if 1 < T < S:  # several new tokens after a cached prefix: query i sees keys up to S - T + i

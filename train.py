@@ -164,7 +164,7 @@ def choose_product(config: Config, model: Llama, tokens: int, device: backend.Ba
         return earlier, "as the run began"
     seconds = quant_t4.time_products(model, tokens, device.autocast)
     seconds = {product: device.agreed(time) for product, time in seconds.items()}
-    return min(seconds, key=seconds.get), ", ".join(f"{product} {1000 * time:.1f} ms a block"
+    return min(seconds, key=seconds.get), ", ".join(f"{product} {1000 * time:.2f} ms a block"
                                                     for product, time in seconds.items())
 
 

@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import KVCache, Llama, ModelConfig, RMSNorm, causal_attention, expand_heads
+from model import KVCache, Llama, ModelConfig, RMSNorm, causal_attention, expand_heads, takes_grouped_heads
+from quant_t4 import apply_t4_recipe, use_integers
 
 
 def shape(**changes):
@@ -89,6 +90,12 @@ def test_loss_and_gradients_are_those_of_transformers(rng, case):
         tolerance = 1e-4 * p.grad.norm() + 1e-6 * total
         assert (p.grad - gradients.pop(name)).norm() < tolerance, (name, model.config)
     assert not gradients
+
+
+def test_who_takes_grouped_heads():
+    """Not a T4, and no GPU in an FP32 block."""
+    assert takes_grouped_heads((8, 0), torch.float16) and takes_grouped_heads((9, 0), torch.bfloat16)
+    assert not takes_grouped_heads((7, 5), torch.float16) and not takes_grouped_heads((9, 0), torch.float32)
 
 
 def test_expanded_heads_attend_alike(rng):
@@ -184,17 +191,24 @@ def test_generation_with_a_cache(rng):
 # precision
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("product", [None, "fake", "integers"])
 @pytest.mark.parametrize("blocks", [(0, -1), (), (1,), (-2, 0), (0, 1, 2, 3)])
-def test_fp32_islands(rng, blocks):
-    """Under bf16 autocast every product in the chosen blocks is FP32, in and out, and no other product is."""
+def test_fp32_islands(rng, blocks, product, dtype):
+    """Under autocast every product in the chosen blocks is FP32, in and out, and no other product is: with the INT8
+    recipe too, whose linears take the others' place."""
     model = llama(shape(num_hidden_layers=4, fp32_blocks=blocks))
+    if product:
+        names = {name.split(".")[-1] for name, _ in model.named_modules() if name.endswith("_proj")}
+        assert apply_t4_recipe(model, tuple(names))["INT8 linears"] == 7 * (4 - len(blocks))
+        use_integers(model, product == "integers")
     seen = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(
                 lambda _, x, y, name=name: seen.update({name: (x[0].dtype, y.dtype)}))
     cache = KVCache(16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         model(random_ids(rng, model.config), cache=cache)
     islands = {block % 4 for block in blocks}
     for layer in range(4):
@@ -204,9 +218,9 @@ def test_fp32_islands(rng, blocks):
             assert set(here.values()) == {(torch.float32, torch.float32)}, here
             assert cache.keys[layer].dtype == torch.float32
         else:
-            assert {out for _, out in here.values()} == {torch.bfloat16}, here
-            assert cache.keys[layer].dtype == torch.bfloat16
-    assert seen["lm_head"][1] == torch.bfloat16
+            assert {out for _, out in here.values()} == {dtype}, here
+            assert cache.keys[layer].dtype == dtype
+    assert seen["lm_head"][1] == dtype
 
 
 @torch.no_grad()

@@ -20,12 +20,25 @@ OPTIONS = [*TINY, "--backend=cpu", "--dtype=float32", "--max_steps=20", "--sched
            "--micro_batch_size=1", "--eval_blocks=7", "--keep_checkpoints=9"]
 
 
-def torchrun(processes, *arguments, cwd):
+def launcher(processes):
+    """The command line that starts a script as so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *torchrun * (processes > 1)]
+
+
+def torchrun(processes, *arguments, cwd, script=ROOT / "train.py"):
     """train.py as `processes` processes, on the CPU; its output is collected as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([*launcher(processes), str(script), *map(str, arguments)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
+
+
+def changed(directory, lines):
+    """A train.py that first runs these lines."""
+    path = directory / "changed.py"
+    path.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train\n{lines}\n"
+                    f"train.script(train.main)\n")
+    return path
 
 
 def workers(process):
@@ -81,20 +94,13 @@ def test_resumed_on_other_numbers_of_processes(quickstart_data, alone, tmp_path)
     """Two processes, then one, then four: the same trajectory."""
     options = ["--data_dir", quickstart_data, *OPTIONS, "--resume"]
     for processes, steps in ((2, 7), (1, 12), (4, 20)):
-        source = tmp_path / "stop.py"
-        source.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import signal, train
+        source = changed(tmp_path, f"""
 rate = train.learning_rate
 def learning_rate(step, config):
-    if step == {steps} and step < 20: signal.raise_signal(signal.SIGTERM)  # in each of them, or in one
+    if step == {steps} and step < 20: signal.raise_signal(signal.SIGTERM)  # in every process
     return rate(step, config)
-train.learning_rate = learning_rate
-train.script(train.main)
-""")
-        command = ([sys.executable] if processes == 1 else
-                   [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"])
-        result = subprocess.run([*command, str(source), *map(str, options)], cwd=tmp_path, text=True,
+train.learning_rate = learning_rate""")
+        result = subprocess.run([*launcher(processes), str(source), *map(str, options)], cwd=tmp_path, text=True,
                                 capture_output=True, timeout=120)
         assert result.returncode == 0, result
         assert f"step {steps}" in result.stdout or f"trained {steps} steps" in result.stdout
@@ -138,6 +144,21 @@ def test_asked_to_stop(quickstart_data, tmp_path, whom):
     assert "and saved; go on with the same command and --resume" in out, (out, err)
     step = int(re.search(r"stopped by .* at step ([\d,]+)", out)[1].replace(",", ""))
     assert (tmp_path / "out/quickstart/latest").read_text() == f"step_{step:08}"
+
+
+def test_compile_falls_back_together(quickstart_data, tmp_path):
+    """Where compiling fails in one process, the other too goes on without; in FP16, each with the same scale."""
+    script = changed(tmp_path, """
+def failing(model):
+    def compiled(*batch): raise RuntimeError("cannot find -lcuda")
+    return compiled
+torch.compile = failing if os.environ["RANK"] == "1" else lambda model: lambda *batch: model(*batch)""")
+    process = torchrun(2, "--data_dir", quickstart_data, *OPTIONS, "--max_steps=3", "--dtype=float16", "--compile",
+                       cwd=tmp_path, script=script)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, (out, err)
+    assert "torch.compile failed, going on without it: in another process" in out
+    assert "float16 products, eager" in out and "skipped 0" in out and "trained 3 steps" in out
 
 
 def test_bad_input_under_torchrun(quickstart_data, tmp_path):
