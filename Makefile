@@ -1,12 +1,15 @@
 # make demo    a virtual environment, the embedded data, a tiny Llama trained on it, and what it writes
 # make test    the test suite
-# make clean   removes what those two made
+# make tpu-test      the same train.py on torch_xla's CPU client, in a virtual environment of its own (7 GB)
+# make tpu-compile   the real Stentor3 steps, compiled for a TPU v5e-8 by its own compiler, without a TPU
+# make clean   removes what those made
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 RUN = .venv/bin/python
+TPU_PIP = .venv-tpu/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test tpu-test tpu-compile clean
 
 demo: .venv/run
 	$(RUN) prepare.py
@@ -21,6 +24,13 @@ demo: .venv/run
 test: .venv/test
 	$(RUN) -m pytest
 
+tpu-test: .venv-tpu/test
+	PJRT_DEVICE=CPU .venv-tpu/bin/python -m pytest tests/test_xla.py
+
+tpu-compile: .venv-tpu/compile
+	.venv-tpu/bin/python prepare.py
+	.venv-tpu/bin/python -m tests.compile_for_tpu
+
 .venv/run: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: Python 3.10 or newer is needed (make demo PYTHON=...)")'
 	$(PYTHON) -m venv .venv
@@ -31,5 +41,17 @@ test: .venv/test
 	$(PIP) --requirement requirements-test.txt
 	touch $@
 
+.venv-tpu/test: requirements.txt requirements-tpu.txt constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	grep -v '^torch==' constraints.txt > .venv-tpu/constraints.txt
+	$(TPU_PIP) --constraint .venv-tpu/constraints.txt --requirement requirements-tpu.txt
+	touch $@
+
+# libtpu alone, without what it depends on: the compiler needs none of it.
+.venv-tpu/compile: .venv-tpu/test
+	$(TPU_PIP) jax==0.7.1 jaxlib==0.7.1
+	$(TPU_PIP) --no-deps libtpu==0.0.21
+	touch $@
+
 clean:
-	rm -rf .venv data/quickstart out/quickstart
+	rm -rf .venv .venv-tpu data/quickstart out/quickstart

@@ -4,9 +4,13 @@ train.py asks a Backend for what differs between devices and is otherwise the sa
 are several processes of that loop, which torchrun starts:
 
     torchrun --standalone --nproc_per_node=2 train.py config/stentor2_30m.py
+
+The chips of a TPU are driven by one process (`XlaBackend`).
 """
 
 import functools
+import importlib.util
+import logging
 import os
 import re
 import sys
@@ -15,13 +19,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
 from config import BadInput
+from model import causal_attention, chunked_attention, expand_heads
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; the first that stands in the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-              "V100": 125e12, "T4": 65e12, "P100": 18.7e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+              "V100": 125e12, "T4": 65e12, "P100": 18.7e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+              "v5litepod": 197e12, "v6e": 918e12, "v4": 275e12}
 
 
 @dataclass
@@ -33,12 +40,14 @@ class Backend:
     name: str
     rank: int = 0
     world_size: int = 1
+    chips: int = 1  # that this process drives, each with its share of every batch
+    compiles_steps = False  # whether it does so unasked
 
     @property
     def peak_flops(self) -> float | None:
         """Peak FLOP/s of all devices at half precision, None where unknown or where the run is in FP32."""
         known = [peak for part, peak in PEAK_FLOPS.items() if part in self.name]
-        return known[0] * self.world_size if known and self.dtype != torch.float32 else None
+        return known[0] * self.world_size * self.chips if known and self.dtype != torch.float32 else None
 
     @property
     def idle_gpus(self) -> int:
@@ -58,6 +67,27 @@ class Backend:
         Training). For other types, whose exponents reach as far as FP32's, it does nothing.
         """
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def number(self, value: float):
+        """A number that changes from step to step, as the optimizer likes it best."""
+        return value
+
+    def adamw(self, groups: list[dict], **options) -> torch.optim.AdamW:
+        """AdamW, all parameters in one kernel."""
+        return torch.optim.AdamW(groups, fused=True, **options)
+
+    def attention(self, choice: str):
+        """The function that "auto", "sdpa" or "chunked" names. Raises BadInput for "flash", which is a TPU's."""
+        if choice == "flash":
+            raise BadInput("--attention flash is a kernel for TPUs; elsewhere sdpa finds such a kernel by itself")
+        return chunked_attention if choice == "chunked" else causal_attention
+
+    def recompute(self, choice: bool | None):
+        """What runs a block again in the backward pass (`Llama.run_with`), or None; if not asked for, not."""
+        return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False) if choice else None
+
+    def end_step(self):
+        """An optimizer step, or the preparation of the first, has been said in full."""
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, without waiting for the copy."""
@@ -114,6 +144,112 @@ class Backend:
         return tensor.tolist()
 
 
+class XlaBackend(Backend):
+    """The chips of a TPU, or XLA's own CPU client, through PJRT.
+
+    Operations are recorded, not run; `end_step` compiles what has been recorded into one program, and runs it. The
+    program is compiled once, as long as every step records the same: so nothing may be asked of a tensor in between.
+    One process records for all chips (SPMD): the sequences of a batch are marked as lying on different ones, and
+    the compiler adds the exchange of gradients. This class is all that a successor of PyTorch/XLA has to replace.
+    """
+
+    compiles_steps = True
+
+    def __init__(self, dtype: str):
+        """Raises BadInput where torch_xla is missing, under torchrun, and for float16."""
+        try:
+            import torch_xla
+            import torch_xla.backends
+            import torch_xla.distributed.spmd as spmd
+            import torch_xla.runtime as runtime
+        except ImportError as error:
+            raise BadInput(f"--backend xla needs torch_xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0' "
+                           f"({error})") from error
+        if dist.is_torchelastic_launched():
+            raise BadInput("--backend xla: one process drives all chips; start it with python, not torchrun")
+        if dtype == "float16":
+            raise BadInput("--backend xla: XLA has no loss scaler for float16; a TPU's type is bfloat16")
+        if not runtime.is_spmd():
+            runtime.use_spmd()
+        # An FP32 block is to be FP32: unless told so, a TPU rounds FP32 factors to bfloat16. (It warns at every call.)
+        logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
+        torch_xla.backends.set_mat_mul_precision("highest")
+        kind, chips = runtime.device_type(), runtime.global_runtime_device_count()
+        name = os.environ.get("TPU_ACCELERATOR_TYPE", "TPU") if kind == "TPU" else f"XLA on {kind}"
+        best = torch.bfloat16 if kind == "TPU" else torch.float32
+        super().__init__(torch_xla.device(), best if dtype == "auto" else getattr(torch, dtype),
+                         f"{chips} x {name}" if chips > 1 else name, chips=chips)
+        self.on_tpu, self.sync, self.mark_sharding = kind == "TPU", torch_xla.sync, spmd.mark_sharding
+        self.mesh = spmd.Mesh(range(chips), (chips,), ("data",))
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor (B, ...) on the chips, B / chips rows on each."""
+        tensor = tensor.to(self.device)
+        self.mark_sharding(tensor, self.mesh, ("data", *[None] * (tensor.dim() - 1)))
+        return tensor
+
+    def parallel(self, model):
+        """The model, its parameters marked as being whole on every chip: as the first step's program leaves them, so
+        that the second is the same program."""
+        for p in model.parameters():
+            self.mark_sharding(p, self.mesh, (None,) * p.dim())
+        return model
+
+    def number(self, value: float) -> torch.Tensor:
+        """A number that changes from step to step, on the device: in a program it would be compiled in as soon as it
+        equals another (pytorch/xla issue 3604), or 1, as a learning rate's 1 - rate * decay does in FP32."""
+        return torch.tensor(value, device=self.device)
+
+    def adamw(self, groups: list[dict], **options) -> torch.optim.AdamW:
+        """AdamW whose step count is on the device too, and whose state is there before the first step, so that no
+        step's program differs from another's: as a Python number the count would be a constant in each."""
+        optimizer = torch.optim.AdamW(groups, capturable=True, **options)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = {"step": torch.zeros((), device=self.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return optimizer
+
+    def attention(self, choice: str):
+        """The function that "sdpa", "chunked" or "flash" names; "auto" is flash on a TPU that has jax, else chunked.
+
+        All of a 4,096-token sequence's scores at once do not fit on a v5e chip (BENCHMARKS.md).
+        """
+        has_flash = self.on_tpu and importlib.util.find_spec("jax") is not None
+        if choice == "flash" and not has_flash:
+            raise BadInput("--attention flash is a kernel for TPUs that needs jax (pip install jax==0.7.1 "
+                           "jaxlib==0.7.1); --attention chunked needs neither")
+        if choice == "auto":
+            choice = "flash" if has_flash else "chunked"
+        return {"sdpa": causal_attention, "chunked": chunked_attention, "flash": self._flash_attention}[choice]
+
+    def _flash_attention(self, q, k, v):
+        """The TPU kernel, which takes bfloat16 and equal heads; an FP32 block's products stay FP32, in chunks."""
+        if q.dtype == torch.float32:
+            return chunked_attention(q, k, v)
+        import jax._src.tpu_custom_call as tpu_custom_call
+        from torch_xla.experimental.custom_kernel import flash_attention
+        # jax 0.7.1 writes kernels in a format that is newer than libtpu 0.0.21 reads (pytorch/xla issue 9614).
+        tpu_custom_call.get_ir_version = lambda context: 7
+        k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))  # (B, H, T, D)
+        return flash_attention(q, k, v, causal=True, sm_scale=q.size(-1) ** -0.5,
+                               partition_spec=("data", None, None, None), mesh=self.mesh)
+
+    def recompute(self, choice: bool | None):
+        """As Backend.recompute, but done if not asked for: a chip has 16 GB. torch's own checkpoint would save
+        nothing, as the compiler sees the same operations twice and keeps the first (pytorch/xla issue 3455)."""
+        from torch_xla.utils.checkpoint import checkpoint
+        return None if choice is False else checkpoint
+
+    def end_step(self):
+        """Compile, the first time, and run what has been recorded."""
+        self.sync()
+
+    def compile(self, model, input_ids, targets):
+        """The model: XLA compiles whole steps anyway."""
+        return model
+
+
 def half_precision(capability: tuple[int, int]) -> torch.dtype:
     """The 16-bit type for a GPU of this compute capability: bfloat16 from 8.0 on (Ampere).
 
@@ -122,12 +258,23 @@ def half_precision(capability: tuple[int, int]) -> torch.dtype:
     return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
-def pick(backend: str = "auto", dtype: str = "auto") -> Backend:
-    """The backend "cpu", "cuda" or "auto", in "float32", "bfloat16", "float16" or "auto".
+def has_tpu() -> bool:
+    """Whether torch_xla is installed and sees a TPU."""
+    if importlib.util.find_spec("torch_xla") is None:
+        return False
+    import torch_xla.runtime
+    return torch_xla.runtime.device_type() == "TPU"
 
-    auto is 16 bits on a GPU (`half_precision`), bfloat16 on a CPU that has it, or else float32. Under torchrun this
+
+def pick(backend: str = "auto", dtype: str = "auto") -> Backend:
+    """The backend "cpu", "cuda", "xla" or "auto", in "float32", "bfloat16", "float16" or "auto".
+
+    An auto backend is a TPU where torch_xla finds one, or else a GPU where torch does. An auto dtype is bfloat16 on a
+    TPU, 16 bits on a GPU (`half_precision`), bfloat16 on a CPU that has it, or else float32. Under torchrun this
     process joins the others. Raises BadInput for a device that is not there.
     """
+    if backend == "xla" or backend == "auto" and has_tpu():
+        return XlaBackend(dtype)
     under_torchrun = dist.is_torchelastic_launched()
     rank, local_rank, world_size = ((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
                                     if under_torchrun else (0, 0, 1))

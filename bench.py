@@ -325,7 +325,7 @@ def choices(capability):
         return ("flash, grouped key and value heads" if takes_grouped_heads(capability, dtype) else
                 "memory-efficient, keys and values expanded to all heads")
 
-    return [("matrix products", str(half).removeprefix("torch.") + (", with a GradScaler" if half == torch.float16 else "")),
+    return [("matrix products", {torch.float16: "float16, with a GradScaler", torch.bfloat16: "bfloat16"}[half]),
             ("attention of the inner blocks", attention(half)),
             ("attention of the FP32 blocks", attention(torch.float32)),
             ("INT8 products", "of integers (torch._int_mm) or fake, whichever is faster when the run begins"
@@ -408,7 +408,7 @@ def bench_qat(arguments):
     names = [*(f"seed {seed}" for seed in range(1, arguments.seeds + 1)), "mean"]
     return (("", "FP32 baseline", "it in INT8", "QAT in FP32", "QAT in INT8", "QAT in INT8 / baseline",
              "QAT in INT8 / baseline in INT8"),
-            [(name, *(f"{figure:.4f}" for figure in (fp32, ptq, qat_fp32, qat)), f"{qat / fp32:.4f}", f"{qat / ptq:.4f}")
+            [(name, *(f"{figure:.4f}" for figure in (fp32, ptq, qat_fp32, qat, qat / fp32, qat / ptq)))
              for name, (fp32, ptq, qat_fp32, qat) in zip(names, rows)])
 
 
@@ -422,7 +422,7 @@ def main():
     parser.add_argument("--documents", type=int, default=200, help="of each kind (default: %(default)s)")
     parser.add_argument("--megabytes", type=int, default=300, help="of text to prepare (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=4096, help="through the linears (default: %(default)s)")
-    parser.add_argument("--capability", default="7.5", help="of the GPU to tell of; a T4's is 7.5 (default: %(default)s)")
+    parser.add_argument("--capability", default="7.5", help="of the GPU to tell of (default: %(default)s, a T4's)")
     parser.add_argument("--seeds", type=int, default=3, help="to train with (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1200, help="to train for (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: %(default)s)")

@@ -123,14 +123,14 @@ class Batches:
 
     The training split mixes the sources by the curriculum, sequences_per_step at a time, and wraps round a source
     that is used up, its blocks in a new order. The held-out split ("val") is read one source at a time, in order,
-    micro_batch_size sequences at a time, once; what the last batch lacks is filled with sequences whose targets are
+    micro_batch_size sequences a chip at a time, once; what the last batch lacks is filled with sequences whose targets are
     all -100, so that every batch has one shape.
     """
 
     def __init__(self, config: Config, split: str, source: str | None = None, rank: int = 0, world_size: int = 1,
-                 first: dict[str, int] | None = None):
+                 chips: int = 1, first: dict[str, int] | None = None):
         """Use the first so many tokens of each source's bin, or all: a resumed run goes on with what it began with,
-        though prepare.py has added to it.
+        though prepare.py has added to it. `chips` is how many of them share this rank's sequences.
 
         Raises BadInput where the bins are missing, disagree with meta.json or are too short for one block.
         """
@@ -151,14 +151,15 @@ class Batches:
             anneal_start = (1 - config.anneal_fraction) * length
             self.order = curriculum([s.ratio for s in shares], [s.anneal_ratio for s in shares], anneal_start, length)
         else:
-            length, self.per_step = min(self.bins[0].blocks, config.eval_blocks or 2**62), config.micro_batch_size
+            length = min(self.bins[0].blocks, config.eval_blocks or self.bins[0].blocks)
+            self.per_step = config.micro_batch_size * chips
             self.order = np.zeros(length, np.uint8)
         self.index = np.empty(length, np.int64)  # the how-manieth sequence of its source
         for number in range(len(self.names)):
             here = self.order == number
             self.index[here] = np.arange(here.sum())
-        if self.per_step % world_size:
-            raise BadInput(f"{self.per_step} sequences a step do not divide over {world_size} devices")
+        if self.per_step % (world_size * chips):
+            raise BadInput(f"{self.per_step} sequences a step do not divide over {world_size * chips} devices")
         self.mine = range(rank * self.per_step // world_size, (rank + 1) * self.per_step // world_size)
         # One epoch's order of blocks is 8 bytes a block; two a source, as an epoch may end within a step.
         self.permutation = lru_cache(2 * len(self.names))(self._permutation)

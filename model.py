@@ -133,13 +133,25 @@ def causal_attention(q, k, v):
     The one place that chooses an attention kernel. Query head h reads key/value head h // (H / K).
     """
     T, S = q.size(2), k.size(2)
-    if q.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(q.device), q.dtype):
+    if q.device.type == "xla" or (
+            q.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(q.device), q.dtype)):
         k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
     mask = None
     if 1 < T < S:  # several new tokens after a cached prefix: query i sees keys up to S - T + i
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
                                           enable_gqa=q.size(1) != k.size(1))
+
+
+def chunked_attention(q, k, v, length: int = 512):
+    """causal_attention of whole sequences, `length` queries at a time, each over the keys up to its last.
+
+    For devices whose only kernel writes out all scores: of those above the diagonal, half are never computed, and
+    where blocks are recomputed (`Llama.run_with`) no more than (length, T) of a head are there at once.
+    """
+    ends = [min(start + length, q.size(2)) for start in range(0, q.size(2), length)]
+    return torch.cat([causal_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end])
+                      for start, end in zip([0, *ends], ends)], dim=2)  # (B, H, T, D)
 
 
 class KVCache:
@@ -168,6 +180,8 @@ class KVCache:
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K key/value heads, so the cache is K / H as large."""
 
+    attend = staticmethod(causal_attention)  # of whole sequences
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -185,7 +199,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D) each, S = tokens so far
-        y = causal_attention(q, k, v)  # (B, H, T, D)
+        y = (self.attend if cache is None else causal_attention)(q, k, v)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -226,6 +240,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm. A module of its own only so that names begin with `model.`, as HF's do."""
 
+    recompute = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -240,7 +256,10 @@ class Decoder(nn.Module):
         positions = slice(start, start + input_ids.size(1))
         x = self.embed_tokens(input_ids)  # (B, T, C)
         for layer in self.layers:
-            x = layer(x, self.cos[positions], self.sin[positions], cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = self.recompute(layer, x, self.cos[positions], self.sin[positions])
+            else:
+                x = layer(x, self.cos[positions], self.sin[positions], cache)
         if cache is not None:
             cache.length += input_ids.size(1)
         return self.norm(x)
@@ -260,6 +279,14 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights()
+
+    def _apply(self, function, *arguments):
+        """What `.to` and its like do. Where it cannot change a parameter in place (XLA) it makes new ones, and has to
+        be told that two of them are one."""
+        super()._apply(function, *arguments)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
 
     @torch.no_grad()
     def init_weights(self):
@@ -292,6 +319,14 @@ class Llama(nn.Module):
         # log-softmax over thousands of entries wants FP32, whatever precision made the logits
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))  # (B*T, V), (B*T)
         return logits, loss
+
+    def run_with(self, attention, recompute=None):
+        """Train with another attention than causal_attention, (q, k, v) -> y of the same shapes; and with
+        `recompute(block, x, cos, sin)`, which runs a block and forgets all but its input until the backward pass runs
+        it again (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost)."""
+        self.model.recompute = recompute
+        for block in self.model.layers:
+            block.self_attn.attend = attention
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """AdamW's two groups: Linear weights decay; embeddings, norms and biases do not (Stentor3 card, AdamW).

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -171,7 +172,9 @@ def choose_product(config: Config, model: Llama, tokens: int, device: backend.Ba
 def announce(config: Config, model: Llama, recipe: str, batches: Batches, device: backend.Backend, compiled: bool,
              resumed: dict | None):
     """Print what is about to run, and as what factors, so that a wrong run is seen before its first step."""
-    c, sequences = config.model, len(batches.mine)
+    c = config.model
+    devices = device.world_size * device.chips
+    sequences = len(batches.mine) // device.chips  # of a device
     micro_batches = math.ceil(sequences / config.micro_batch_size)
     sources = []
     for number, (name, source) in enumerate(config.sources.items()):
@@ -180,7 +183,7 @@ def announce(config: Config, model: Llama, recipe: str, batches: Batches, device
     print(f"model    {model.num_parameters():,} parameters: {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads, vocabulary {c.vocab_size:,}")
     print(f"recipe   {recipe}")
-    print(f"step     {config.tokens_per_step:,} tokens = {device.world_size} device{'s' * (device.world_size > 1)} x "
+    print(f"step     {config.tokens_per_step:,} tokens = {devices} device{'s' * (devices > 1)} x "
           f"{sequences} sequences x {config.block_size} tokens, in {micro_batches} micro-batches")
     print(f"run      {'up to ' if config.train_minutes else ''}{config.max_steps:,} steps, "
           f"{config.max_steps * config.tokens_per_step:,} tokens; "
@@ -216,8 +219,9 @@ def main(argv: list[str]):
         counts = quant_t4.apply_t4_recipe(model, config.int8_linears)
     except ValueError as error:
         raise BadInput(f"int8_linears: {error}") from error
+    model.run_with(device.attention(config.attention), device.recompute(config.recompute))
     groups = model.parameter_groups(config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = device.adamw(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
     scaler = device.scaler()
 
     # Where to start
@@ -237,13 +241,16 @@ def main(argv: list[str]):
     tokens = {name: meta["sources"][name]["train"]["tokens"] for name in config.sources}
     if resumed and state["config"]["max_steps"] == config.max_steps:
         tokens = state.get("train_tokens", tokens)
-    batches = Batches(config, "train", rank=device.rank, world_size=device.world_size, first=tokens)
-    held_out = {name: Batches(config, "val", name) for name in config.sources}
+    training_batches = partial(Batches, split="train", rank=device.rank, world_size=device.world_size,
+                               chips=device.chips, first=tokens)
+    batches = training_batches(config)
+    held_out = {name: Batches(config, "val", name, chips=device.chips) for name in config.sources}
+    at_once = config.micro_batch_size * device.chips  # sequences in a forward pass of this process
 
     recipe = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     if counts["INT8 linears"]:
-        tokens_at_once = min(config.micro_batch_size, len(batches.mine)) * config.block_size
-        product, why = choose_product(config, model, tokens_at_once, device, state["int8_product"])
+        product, why = choose_product(config, model, min(at_once, len(batches.mine)) * config.block_size, device,
+                                      state["int8_product"])
         quant_t4.use_integers(model, product == "integers")
         state["int8_product"] = product
         recipe += f"; INT8 product: {product} ({why})"
@@ -251,7 +258,7 @@ def main(argv: list[str]):
     step_model = model
     if config.compile:  # tried on a batch of the loop's own shape
         step_model = device.compile(model, *map(device.put, next(iter(held_out.values()))[0]))
-    compiled = step_model is not model
+    compiled = step_model is not model or device.compiles_steps
     parallel_model = device.parallel(step_model)
 
     # From here on all processes are together, and rank 0 alone writes.
@@ -279,19 +286,20 @@ def main(argv: list[str]):
     flops_per_token = model.flops_per_token(config.block_size)
     step, logged_step, logged_time = state["step"], state["step"], time.monotonic()
     stopping = None
+    device.end_step()
     while step < config.max_steps and not stopping:
         # One optimizer step
         rate = learning_rate(step + 1, config)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = device.number(rate)
         input_ids, targets = batches[step]
         step_loss = 0.0
-        for start in range(0, len(input_ids), config.micro_batch_size):
-            micro_batch = slice(start, start + config.micro_batch_size)
+        for start in range(0, len(input_ids), at_once):
+            micro_batch = slice(start, start + at_once)
             inputs, labels = device.put(input_ids[micro_batch]), device.put(targets[micro_batch])
             with device.accumulating(parallel_model, last=micro_batch.stop >= len(input_ids)):
                 with device.autocast():
-                    _, loss = parallel_model(inputs, labels)
+                    loss = parallel_model(inputs, labels)[1]
                 loss = loss * (len(inputs) / len(input_ids))  # the mean over the step, not over the micro-batch
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
@@ -303,6 +311,7 @@ def main(argv: list[str]):
         skipped = scaler.get_scale() < scale  # the gradients were too large for FP16
         state["skipped_steps"] += skipped
         optimizer.zero_grad(set_to_none=True)
+        device.end_step()
         step += 1
 
         # Is it time to stop, to tell, to evaluate?
@@ -350,7 +359,7 @@ def main(argv: list[str]):
         seconds = device.agreed(earlier_seconds + time.monotonic() - started)
         if config.train_minutes and step < (1 - config.decay_fraction) * config.max_steps:
             config = fit(config, longest, step, seconds)
-            batches = Batches(config, "train", rank=device.rank, world_size=device.world_size, first=tokens)
+            batches = training_batches(config)
             print(f"at this pace {config.max_steps:,} steps fit into {config.train_minutes:g} minutes", flush=True)
         best = evaluating and val["loss"] < best_loss
         best_loss = val["loss"] if best else best_loss

@@ -126,14 +126,18 @@ class Config:
     keep_checkpoints: int = 2
     """Checkpoints to keep besides the best."""
 
-    backend: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on; auto takes a GPU where there is one."""
+    backend: Literal["auto", "cpu", "cuda", "xla"] = "auto"
+    """Device to train on; auto takes a TPU (xla) or a GPU (cuda) where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the matrix products; auto is bfloat16 where the hardware has it, and float16 on older GPUs."""
     int8_linears: tuple[str, ...] = ()
     """Linears of the inner blocks that learn to run in INT8 (quant_t4.py): any of q_proj to down_proj."""
     int8_product: Literal["auto", "integers", "fake"] = "auto"
     """How they multiply: integers, or the same numbers in floating point; auto is what is faster when a run begins."""
+    attention: Literal["auto", "sdpa", "chunked", "flash"] = "auto"
+    """Attention: PyTorch's own; in chunks of queries; or a TPU's flash kernel. auto is sdpa, and on XLA the others."""
+    recompute: bool | None = None
+    """Keep only what goes into a block, and run it again in the backward pass; done on XLA if None."""
     compile: bool = False
     """Use torch.compile, and go on without where it fails."""
     resume: bool = False
@@ -194,7 +198,7 @@ class Config:
 
 def spell_out(cls, argv: list[str]) -> list[str]:
     """The command line with `--resume` alone written as `--resume True`, for every yes-or-no field of `cls`."""
-    switches = {f"--{f.name}" for f in fields(cls) if f.type in (bool, "bool")}
+    switches = {f"--{f.name}" for f in fields(cls) if f.type in (bool, bool | None)}
     spelled = []
     for word, following in zip(argv, [*argv[1:], ""]):
         spelled += [word, "True"] if word in switches and following not in ("True", "False") else [word]

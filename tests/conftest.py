@@ -1,12 +1,18 @@
 """What the tests share: inputs drawn afresh on every run, with a seed to repeat them by."""
 import os
 import random
+import signal
+import sys
 
 import pytest
 import torch
 
+from config import script
 from tests.commands import run
 
+# The threads of a process that is started here sleep while they wait for each other: where they spin, busy cores make
+# them twice as slow.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 torch.set_num_threads(1)  # the models here are too small for more, and the cores may be busy
 
 
@@ -17,6 +23,27 @@ def rng():
     print(f"TEST_SEED={seed}")  # pytest shows it where the test fails
     torch.manual_seed(seed)
     return random.Random(seed)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """The scripts answer Ctrl-C and SIGTERM; after a test they are pytest's again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """Runs a script's main in this process: what `run` gives, without the seconds that importing torch takes."""
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as leaving:
+            script(main)
+        return leaving.value.code or 0, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The model is transformers' Llama, and its cache, precision, initialisation and counts are as said."""
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import KVCache, Llama, ModelConfig, RMSNorm, causal_attention, expand_heads, takes_grouped_heads
+from model import (KVCache, Llama, ModelConfig, RMSNorm, causal_attention, chunked_attention, expand_heads,
+                   takes_grouped_heads)
 from quant_t4 import apply_t4_recipe, use_integers
 
 
@@ -108,6 +110,39 @@ def test_expanded_heads_attend_alike(rng):
     assert torch.allclose(causal_attention(q, k, v), causal_attention(q, *expanded), atol=1e-6)
     for head in range(K * group):
         assert torch.equal(expanded[0][:, head], k[:, head // group])
+
+
+def test_chunked_attention(rng):
+    """Outputs and gradients as in one piece, whatever the length of a chunk."""
+    K, group, T = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 40)
+    inputs = [torch.randn(2, heads, T, 8, requires_grad=True) for heads in (K * group, K, K)]
+    whole, chunked = causal_attention(*inputs), chunked_attention(*inputs, length=rng.randint(1, T + 5))
+    assert torch.allclose(chunked, whole, atol=1e-6)
+    weights = torch.randn_like(whole)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (chunked, whole))):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_recomputed_blocks(rng):
+    """The same loss and gradients to the bit, each block run twice in training and once without gradients."""
+    model, runs = llama(shape()), []
+    ids = random_ids(rng, model.config, 2, 16)
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        loss = model(ids[:, :-1], ids[:, 1:])[1]
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    plain = gradients()
+    model.run_with(causal_attention, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
+    runs.clear()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(), plain))
+    assert len(runs) == 2 * model.config.num_hidden_layers
+    with torch.no_grad():
+        runs.clear()
+        model(ids)
+    assert len(runs) == model.config.num_hidden_layers
 
 
 def test_loss_by_hand(rng):
@@ -270,6 +305,14 @@ def test_every_norm_of_a_bf16_model(rng, fp32):
 
 # -----------------------------------------------------------------------------
 # initialisation and counts
+
+def test_a_tied_head_stays_tied():
+    """Moved to a device whose tensors are of another kind (meta, as XLA), where .to() makes new parameters."""
+    model = llama(shape(tie_word_embeddings=True))
+    count = model.num_parameters()
+    assert model.to("meta").lm_head.weight is model.model.embed_tokens.weight
+    assert model.num_parameters() == count == sum(p.numel() for p in llama(model.config).parameters())
+
 
 @pytest.mark.parametrize("tied, scaled", [(False, True), (True, False)])
 def test_init(rng, tied, scaled):

@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 import unicodedata
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import library
 import prepare
 import tokenizer
+import train
 from config import BadInput
 from tests.commands import refused, run, start
 
@@ -38,6 +40,22 @@ def texts(bins):
     """(source, split) -> its documents as text."""
     vocabulary = tokenizer.load("quickstart-2048")
     return {key: [vocabulary.decode(ids) for ids in documents] for key, documents in bins.items()}
+
+
+@pytest.fixture
+def command(in_process, tmp_path, monkeypatch):
+    """prepare.py in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    return partial(in_process, prepare.main)
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """A recipe of arithmetic alone, which is there in a second; the documentation takes ten to collect."""
+    file = tmp_path / "sums.py"
+    file.write_text("from config import Config, Source\nconfig = Config(sources={'math': "
+                    "Source('library:arithmetic', preserve_linebreaks=True)})\n")
+    return file
 
 
 def test_meta_counts_what_is_in_the_bins(quickstart_data, bins, texts):
@@ -138,29 +156,26 @@ def test_documentation_is_read_without_importing(tmp_path):
     assert library.docstrings(file) == []
 
 
-def test_bins_do_not_depend_on_anything_but_the_recipe(tmp_path, quickstart_data):
+def test_bins_do_not_depend_on_anything_but_the_recipe(tmp_path, sums, quickstart_data):
     """The arithmetic written again is the same, byte for byte, whatever the hash seed of the process."""
-    file = tmp_path / "sums.py"
-    file.write_text("from config import Config, Source\nconfig = Config(sources={'math': "
-                    "Source('library:arithmetic', preserve_linebreaks=True)})\n")
-    code, out, err = run("prepare.py", file, "--data_dir", "data", cwd=tmp_path)
+    code, out, err = run("prepare.py", sums, "--data_dir", "data", cwd=tmp_path)
     assert code == 0, (out, err)
     for name in ("math.bin", "math_val.bin"):
         assert (tmp_path / "data" / name).read_bytes() == (quickstart_data / name).read_bytes()
 
 
-def test_a_second_run_leaves_complete_data_alone(quickstart_data, tmp_path):
+def test_a_second_run_leaves_complete_data_alone(quickstart_data, command):
     before = {path: path.stat().st_mtime_ns for path in quickstart_data.iterdir()}
-    code, out, _ = run("prepare.py", "--data_dir", quickstart_data, cwd=tmp_path)
+    code, out, _ = command("--data_dir", quickstart_data)
     assert code == 0 and "is complete" in out
     assert before == {path: path.stat().st_mtime_ns for path in quickstart_data.iterdir()}
-    result = run("prepare.py", "--data_dir", quickstart_data, "--sources.web.preserve_linebreaks", "True", cwd=tmp_path)
-    refused(result, "another recipe")
+    refused(command("--data_dir", quickstart_data, "--sources.web.preserve_linebreaks", "True"), "another recipe")
 
 
-def test_ctrl_c_leaves_nothing_that_looks_complete(tmp_path):
+def test_ctrl_c_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     """Interrupted while it writes: one line, the usual exit code, no meta.json; and train.py says what to do."""
-    process = start("prepare.py", "--data_dir", "data", cwd=tmp_path, start_new_session=True)
+    process = start("prepare.py", "--data_dir", "data", "--sources.web.dataset=library:arithmetic", cwd=tmp_path,
+                    start_new_session=True)  # without the documentation, which takes seconds to collect
     assert "preparing" in process.stdout.readline()
     while not (tmp_path / "data" / "progress.json").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -168,13 +183,16 @@ def test_ctrl_c_leaves_nothing_that_looks_complete(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.strip() == "interrupted"
     assert not (tmp_path / "data" / "meta.json").exists()
-    refused(run("train.py", "--data_dir", "data", cwd=tmp_path), "not complete", "prepare.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="not complete.*prepare.py"):
+        train.main(["--data_dir", "data"])
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(tmp_path, sums):
     """A file that cannot grow beyond 100 kB: one line, exit code 2, nothing complete."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    refused(run("prepare.py", "--data_dir", "data", cwd=tmp_path, preexec_fn=limit, env={"NUMBA_DISABLE_JIT": "0"}))
+    refused(run("prepare.py", sums, "--data_dir", "data", cwd=tmp_path, preexec_fn=limit,
+                env={"NUMBA_DISABLE_JIT": "0"}))
     assert not (tmp_path / "data" / "meta.json").exists()
 
 
@@ -182,20 +200,21 @@ def test_full_disk(tmp_path):
 def test_a_source_that_fills_one_split_only(tmp_path, monkeypatch, held, missing):
     monkeypatch.setitem(library.SOURCES, "library:arithmetic", lambda: iter([(held, "one document, and no other")]))
     file = tmp_path / "one.py"
-    file.write_text("from config import Config, Source\nconfig = Config(sources={'math': Source('library:arithmetic')})\n")
+    file.write_text("from config import Config, Source\n"
+                    "config = Config(sources={'math': Source('library:arithmetic')})\n")
     with pytest.raises(BadInput, match=f"no {missing} documents"):
         prepare.main([str(file), "--data_dir", str(tmp_path / "data")])
     assert not (tmp_path / "data" / "meta.json").exists()
 
 
-def test_damaged_meta(tmp_path):
+def test_damaged_meta(tmp_path, command):
     """A meta.json that cannot be read is not taken for complete data, and is not a traceback."""
     (tmp_path / "data").mkdir()
     for text in ("", "{}", "[]"):
         (tmp_path / "data" / "meta.json").write_text(text)
-        refused(run("prepare.py", "--data_dir", "data", cwd=tmp_path), "data", "delete it")
+        refused(command("--data_dir", "data"), "data", "delete it")
 
 
-def test_bad_input(tmp_path):
+def test_bad_input(tmp_path, command):
     refused(run("prepare.py", "--tokenizer", "nowhere.vocab", cwd=tmp_path), "nowhere.vocab")
-    refused(run("prepare.py", "--sources.web.dataset", "library:poems", cwd=tmp_path), "library:poems", "library:docs")
+    refused(command("--sources.web.dataset", "library:poems"), "library:poems", "library:docs")

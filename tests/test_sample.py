@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers.generation.logits_process import (RepetitionPenaltyLogitsProce
 import checkpoint
 import sample
 import tokenizer
-from config import Config, script
+from config import Config
 from model import Llama, ModelConfig
 
 VOCABULARY = tokenizer.load("quickstart-2048")
@@ -194,16 +195,10 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def command(run, monkeypatch, capsys):
-    """Runs sample.py in the run's directory, in this process; gives (exit code, stdout, stderr)."""
+def command(in_process, run, monkeypatch):
+    """sample.py in the run's directory."""
     monkeypatch.chdir(run)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            script(sample.main)
-        return leaving.value.code or 0, *capsys.readouterr()
-    return call
+    return partial(in_process, sample.main)
 
 
 def by_hand(run, prompt, count=12):
