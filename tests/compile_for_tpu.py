@@ -40,8 +40,8 @@ import backend  # noqa: E402
 import train  # noqa: E402
 
 STEPS = [(f"config/stentor3_{size}.py", f"--attention={attention}", f"--recompute={recompute}")
-         for size in ("20m", "50m")
-         for attention, recompute in (("flash", False), ("flash", True), ("chunked", True))]
+         for size, attention, recompute in (("20m", "flash", True), ("20m", "chunked", True), ("20m", "flash", False),
+                                            ("50m", "flash", True), ("50m", "chunked", True))]
 
 
 class Recorded(BaseException):
