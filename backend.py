@@ -1,4 +1,4 @@
-"""The device: the only file that knows which one a run is on.
+"""The device: what differs between one and another.
 
 train.py asks a Backend for what differs between devices and is otherwise the same plain loop everywhere. Several GPUs
 are several processes of that loop, which torchrun starts:
@@ -26,8 +26,8 @@ from config import BadInput
 from model import causal_attention, chunked_attention, expand_heads
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets; the first that stands in the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-              "V100": 125e12, "T4": 65e12, "P100": 18.7e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+              "A10G": 70e12, "V100": 125e12, "T4": 65e12, "P100": 18.7e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
               "v5litepod": 197e12, "v6e": 918e12, "v4": 275e12}
 
 
@@ -41,7 +41,8 @@ class Backend:
     rank: int = 0
     world_size: int = 1
     chips: int = 1  # that this process drives, each with its share of every batch
-    compiles_steps = False  # whether it does so unasked
+    compiles_steps = False  # True where steps are compiled without torch.compile too
+    multiplies_integers = True  # False where torch._int_mm would be computed elsewhere
 
     @property
     def peak_flops(self) -> float | None:
@@ -69,7 +70,7 @@ class Backend:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def number(self, value: float):
-        """A number that changes from step to step, as the optimizer likes it best."""
+        """A number that changes from step to step, in the form that this device's optimizer takes."""
         return value
 
     def adamw(self, groups: list[dict], **options) -> torch.optim.AdamW:
@@ -87,23 +88,25 @@ class Backend:
         return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False) if choice else None
 
     def end_step(self):
-        """An optimizer step, or the preparation of the first, has been said in full."""
+        """Mark the end of a step, or of the preparation before the first. Only XLA acts on it."""
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, without waiting for the copy."""
         return tensor.to(self.device, non_blocking=True)
 
-    def compile(self, model, input_ids, targets):
+    def compile(self, model, batch, held_out):
         """The model compiled, or the model itself and a line that says why, where compiling fails.
 
-        Compilation is lazy and so are its failures (a Kaggle T4 pair lacks a library, a laptop a C++ compiler):
-        one forward and backward pass on this batch brings them out here, where falling back costs nothing. Where it
-        fails in one process, all of them go on without.
+        Compilation is lazy and so are its failures (a Kaggle T4 pair lacks a library, a laptop a C++ compiler): a step
+        on `batch` and an evaluation on `held_out`, (input_ids, targets) each, bring them out here, where falling back
+        costs nothing. Where it fails in one process, all of them go on without.
         """
         compiled, reason = torch.compile(model), ""
         try:
             with self.autocast():
-                compiled(input_ids, targets)[1].backward()
+                compiled(*map(self.put, batch))[1].backward()
+            with torch.no_grad(), self.autocast():
+                compiled(*map(self.put, held_out))
         except Exception as error:  # whatever the compiler, the linker or the driver may raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         model.zero_grad(set_to_none=True)
@@ -114,7 +117,7 @@ class Backend:
 
     # What the processes of a run do together. Each call must be made by all of them, and waits for the last.
 
-    def parallel(self, model):
+    def parallel(self, model, optimizer):
         """The model as one of world_size copies, which begin alike and average their gradients in `backward`."""
         return DistributedDataParallel(model) if self.world_size > 1 else model
 
@@ -133,7 +136,10 @@ class Backend:
         return self._on_cpu(values, dist.ReduceOp.SUM)
 
     def agreed(self, value: float) -> float:
-        """The largest over all processes, so that all go the same way where one has reason to. The device goes on."""
+        """The largest over all processes, so that all go the same way where one has reason to.
+
+        Does not wait for the device.
+        """
         return self._on_cpu([value], dist.ReduceOp.MAX)[0]
 
     def _on_cpu(self, values, operation) -> list[float]:
@@ -150,10 +156,11 @@ class XlaBackend(Backend):
     Operations are recorded, not run; `end_step` compiles what has been recorded into one program, and runs it. The
     program is compiled once, as long as every step records the same: so nothing may be asked of a tensor in between.
     One process records for all chips (SPMD): the sequences of a batch are marked as lying on different ones, and
-    the compiler adds the exchange of gradients. This class is all that a successor of PyTorch/XLA has to replace.
+    the compiler adds the exchange of gradients. This class, and `has_tpu`, is what a successor of PyTorch/XLA replaces.
     """
 
     compiles_steps = True
+    multiplies_integers = False
 
     def __init__(self, dtype: str):
         """Raises BadInput where torch_xla is missing, under torchrun, and for float16."""
@@ -175,7 +182,7 @@ class XlaBackend(Backend):
         logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
         torch_xla.backends.set_mat_mul_precision("highest")
         kind, chips = runtime.device_type(), runtime.global_runtime_device_count()
-        name = os.environ.get("TPU_ACCELERATOR_TYPE", "TPU") if kind == "TPU" else f"XLA on {kind}"
+        name = os.environ.get("TPU_ACCELERATOR_TYPE", "TPU").partition("-")[0] if kind == "TPU" else f"XLA on {kind}"
         best = torch.bfloat16 if kind == "TPU" else torch.float32
         super().__init__(torch_xla.device(), best if dtype == "auto" else getattr(torch, dtype),
                          f"{chips} x {name}" if chips > 1 else name, chips=chips)
@@ -188,17 +195,19 @@ class XlaBackend(Backend):
         self.mark_sharding(tensor, self.mesh, ("data", *[None] * (tensor.dim() - 1)))
         return tensor
 
-    def parallel(self, model):
-        """The model, its parameters marked as being whole on every chip: as the first step's program leaves them, so
-        that the second is the same program."""
+    def parallel(self, model, optimizer):
+        """The model, marked with the optimizer's state as being whole on every chip: as the first step's program leaves
+        them, so that the second is the same program."""
         for p in model.parameters():
-            self.mark_sharding(p, self.mesh, (None,) * p.dim())
+            for tensor in (p, *optimizer.state[p].values()):
+                self.mark_sharding(tensor, self.mesh, (None,) * tensor.dim())
         return model
 
     def number(self, value: float) -> torch.Tensor:
-        """A number that changes from step to step, on the device: in a program it would be compiled in as soon as it
-        equals another (pytorch/xla issue 3604), or 1, as a learning rate's 1 - rate * decay does in FP32."""
-        return torch.tensor(value, device=self.device)
+        """A number that changes from step to step, on the device and of one dimension. A Python number, or a tensor of
+        none, is shared with others of the program that it happens to equal, and 1 is compiled in, as a learning rate's
+        1 - rate * decay may be: each makes another program (pytorch/xla issue 3604)."""
+        return torch.tensor([value], device=self.device)
 
     def adamw(self, groups: list[dict], **options) -> torch.optim.AdamW:
         """AdamW whose step count is on the device too, and whose state is there before the first step, so that no
@@ -221,17 +230,22 @@ class XlaBackend(Backend):
                            "jaxlib==0.7.1); --attention chunked needs neither")
         if choice == "auto":
             choice = "flash" if has_flash else "chunked"
-        return {"sdpa": causal_attention, "chunked": chunked_attention, "flash": self._flash_attention}[choice]
+        if choice == "flash":
+            import jax._src.tpu_custom_call as tpu_custom_call
+            # jax 0.7.1 writes kernels in a format that is newer than libtpu 0.0.21 reads (pytorch/xla issue 9614).
+            tpu_custom_call.get_ir_version = lambda context: 7
+        attention = {"sdpa": causal_attention, "chunked": chunked_attention, "flash": self._flash_attention}[choice]
+
+        def with_equal_heads(q, k, v):  # XLA has no grouped product
+            return attention(q, expand_heads(k, q.size(1)), expand_heads(v, q.size(1)))
+
+        return with_equal_heads
 
     def _flash_attention(self, q, k, v):
-        """The TPU kernel, which takes bfloat16 and equal heads; an FP32 block's products stay FP32, in chunks."""
-        if q.dtype == torch.float32:
+        """The TPU kernel, which takes bfloat16 in whole tiles of 128; an FP32 block's products stay FP32, in chunks."""
+        if q.dtype == torch.float32 or q.size(2) % 128:
             return chunked_attention(q, k, v)
-        import jax._src.tpu_custom_call as tpu_custom_call
         from torch_xla.experimental.custom_kernel import flash_attention
-        # jax 0.7.1 writes kernels in a format that is newer than libtpu 0.0.21 reads (pytorch/xla issue 9614).
-        tpu_custom_call.get_ir_version = lambda context: 7
-        k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))  # (B, H, T, D)
         return flash_attention(q, k, v, causal=True, sm_scale=q.size(-1) ** -0.5,
                                partition_spec=("data", None, None, None), mesh=self.mesh)
 
@@ -245,7 +259,7 @@ class XlaBackend(Backend):
         """Compile, the first time, and run what has been recorded."""
         self.sync()
 
-    def compile(self, model, input_ids, targets):
+    def compile(self, model, batch, held_out):
         """The model: XLA compiles whole steps anyway."""
         return model
 
@@ -259,21 +273,26 @@ def half_precision(capability: tuple[int, int]) -> torch.dtype:
 
 
 def has_tpu() -> bool:
-    """Whether torch_xla is installed and sees a TPU."""
+    """Whether torch_xla is installed and sees a TPU. Raises BadInput where it is, and cannot be imported."""
     if importlib.util.find_spec("torch_xla") is None:
         return False
-    import torch_xla.runtime
+    try:
+        import torch_xla.runtime
+    except ImportError as error:
+        raise BadInput(f"torch_xla is installed and does not fit this torch ({error}): name another --backend, or "
+                       f"pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from error
     return torch_xla.runtime.device_type() == "TPU"
 
 
-def pick(backend: str = "auto", dtype: str = "auto") -> Backend:
+def pick(backend: str = "auto", dtype: str = "auto", tpu: bool = True) -> Backend:
     """The backend "cpu", "cuda", "xla" or "auto", in "float32", "bfloat16", "float16" or "auto".
 
-    An auto backend is a TPU where torch_xla finds one, or else a GPU where torch does. An auto dtype is bfloat16 on a
+    An auto backend is a TPU where torch_xla finds one and `tpu` allows it (what is not a step of training would be
+    compiled over and over), or else a GPU where torch finds one. An auto dtype is bfloat16 on a
     TPU, 16 bits on a GPU (`half_precision`), bfloat16 on a CPU that has it, or else float32. Under torchrun this
     process joins the others. Raises BadInput for a device that is not there.
     """
-    if backend == "xla" or backend == "auto" and has_tpu():
+    if backend == "xla" or backend == "auto" and tpu and has_tpu():
         return XlaBackend(dtype)
     under_torchrun = dist.is_torchelastic_launched()
     rank, local_rank, world_size = ((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -300,9 +319,8 @@ def pick(backend: str = "auto", dtype: str = "auto") -> Backend:
 
 
 def one_of_several(main):
-    """Decorate a script's main(argv): as a process of several, rank 0 alone speaks, and losing another is one line.
-
-    torchrun ends the others when one has died; this is for what they meet before, in the middle of their talk.
+    """Decorate a script's main(argv): of several processes rank 0 alone writes to stdout, and losing another is one
+    line. torchrun ends the others when one has died; this is for what they meet before, in the middle of their talk.
     """
     @functools.wraps(main)
     def process(argv):
@@ -313,8 +331,9 @@ def one_of_several(main):
         except RuntimeError as error:
             if not dist.is_initialized() or not re.search("peer|gloo|NCCL", str(error), re.IGNORECASE):
                 raise
-            raise BadInput("lost another process of the run (torchrun says below which one, and how it ended); the "
-                           "checkpoints are kept: go on with the same command and --resume") from error
+            reason = str(error).strip().splitlines()[0][:200]
+            raise BadInput(f"lost touch with another process of the run (if one has died, torchrun says so below); the "
+                           f"checkpoints are kept: go on with the same command and --resume. {reason}") from error
         if dist.is_initialized():
             dist.destroy_process_group()
         return code

@@ -318,7 +318,10 @@ def bench_prepare(arguments):
 # t4
 
 def choices(capability):
-    """What a GPU of this compute capability will run with, as the code decides it -> rows of (what, choice)"""
+    """What a GPU of this compute capability will run with -> rows of (what, choice)
+
+    The first three rows are what the code decides; the others, what is to be expected when it tries.
+    """
     half = backend.half_precision(capability)
 
     def attention(dtype):
@@ -333,39 +336,23 @@ def choices(capability):
             ("--compile", "Triton" if capability >= (7, 0) else "falls back: Triton needs 7.0")]
 
 
-def block_passes(model, tokens, device, product):
-    """A function that runs the linears of an inner block forward and backward, product "plain", "fake", "integers"."""
-    block = next(block for block in model.model.layers if not block.fp32)
-    linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = [torch.randn(tokens, linear.in_features, device=device.device, requires_grad=True) for linear in linears]
-
-    def run():
-        quant_t4.use_integers(model, product == "integers")
-        for linear, x in zip(linears, inputs):
-            with device.autocast():
-                y = linear(x)  # (tokens, in) -> (tokens, out)
-            gradients = torch.autograd.grad(y, (x, linear.weight), torch.ones_like(y))
-        float(gradients[1][0, 0])  # waits for the device
-    return run
-
-
 def bench_t4(arguments):
     """Milliseconds of the linears of an inner block of Stentor2, forward and backward, on this machine's device."""
     rows = []
     for dtype in ("float32", "float16" if torch.cuda.is_available() else "bfloat16"):
-        device = backend.pick(dtype=dtype)
+        device = backend.pick(dtype=dtype, tpu=False)
         for name in ("stentor2_12m", "stentor2_30m"):
             config = load([str(CONFIGS / f"{name}.py")])
-            plain, int8 = (Llama(config.model).to(device.device) for _ in range(2))
-            quant_t4.apply_t4_recipe(int8, config.int8_linears)
-            seconds = alternate({"plain": block_passes(plain, arguments.tokens, device, "plain"),
-                                 "fake": block_passes(int8, arguments.tokens, device, "fake"),
-                                 "integers": block_passes(int8, arguments.tokens, device, "integers")},
-                                arguments.rounds)
+            models = {product: Llama(config.model).to(device.device) for product in ("plain", "fake", "integers")}
+            for product in ("fake", "integers"):
+                quant_t4.apply_t4_recipe(models[product], config.int8_linears)
+            quant_t4.use_integers(models["integers"], True)
+            seconds = alternate({product: quant_t4.block_passes(model, arguments.tokens, device.autocast)
+                                 for product, model in models.items()}, arguments.rounds)
             for product, time_ in seconds.items():
                 rows.append((name, dtype, product, f"{1000 * time_:.2f}", f"{time_ / seconds['plain']:.2f}"))
     capability = tuple(map(int, arguments.capability.split(".")))
-    print(f"A GPU of compute capability {arguments.capability}:\n")
+    print(f"A GPU of compute capability {arguments.capability} will run with\n")
     show(("what", "choice"), choices(capability), arguments.markdown)
     print(f"\n{device.name}, {torch.get_num_threads()} threads, {arguments.tokens:,} tokens, eager, medians of "
           f"{arguments.rounds}\n")

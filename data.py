@@ -123,8 +123,8 @@ class Batches:
 
     The training split mixes the sources by the curriculum, sequences_per_step at a time, and wraps round a source
     that is used up, its blocks in a new order. The held-out split ("val") is read one source at a time, in order,
-    micro_batch_size sequences a chip at a time, once; what the last batch lacks is filled with sequences whose targets are
-    all -100, so that every batch has one shape.
+    once, in batches of micro_batch_size sequences a chip; what the last batch lacks is filled with sequences whose
+    targets are all -100, so that every batch has one shape.
     """
 
     def __init__(self, config: Config, split: str, source: str | None = None, rank: int = 0, world_size: int = 1,

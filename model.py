@@ -127,14 +127,18 @@ def takes_grouped_heads(capability: tuple[int, int], dtype: torch.dtype) -> bool
     return capability >= (8, 0) and dtype != torch.float32
 
 
+def wants_equal_heads(q) -> bool:
+    """Whether keys and values are to be repeated for these queries. Other devices than GPUs take them as they are."""
+    return q.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(q.device), q.dtype)
+
+
 def causal_attention(q, k, v):
     """Softmax attention of the last T of S positions: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
-    The one place that chooses an attention kernel. Query head h reads key/value head h // (H / K).
+    The one place that decides which of PyTorch's kernels it will be. Query head h reads key/value head h // (H / K).
     """
     T, S = q.size(2), k.size(2)
-    if q.device.type == "xla" or (
-            q.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(q.device), q.dtype)):
+    if wants_equal_heads(q):
         k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
     mask = None
     if 1 < T < S:  # several new tokens after a cached prefix: query i sees keys up to S - T + i
@@ -280,10 +284,10 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights()
 
-    def _apply(self, function, *arguments):
+    def _apply(self, function, recurse=True):
         """What `.to` and its like do. Where it cannot change a parameter in place (XLA) it makes new ones, and has to
         be told that two of them are one."""
-        super()._apply(function, *arguments)
+        super()._apply(function, recurse)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         return self

@@ -9,14 +9,16 @@ live with it. In three steps:
    large ones would otherwise be left with a few levels, or with zeros. So has each token's activation.
 
 2. The product. Integers times integers, summed exactly, then multiplied by the two scales: `Int8Product`, on hardware
-   that multiplies INT8 (a T4 does so twice as fast as FP16). Or the same numbers in floating point, on any device: the
-   integers are multiplied by their scales first, which is called fake quantization.
+   that multiplies INT8 (a T4 does so twice as fast as FP16). Or in floating point, on any device: the integers are
+   multiplied by their scales first, which is called fake quantization. In FP32 the two differ by rounding alone; under
+   autocast fake values are rounded to 16 bits, which costs another few tenths of a percent in bfloat16.
 
 3. The gradient. Rounding is a staircase, its derivative zero wherever there is one, and nothing would ever be learnt.
    The straight-through estimator (Bengio et al. 2013) takes it for the identity in the backward pass: the gradient of
    the rounded weight is given to the FP32 weight. Rounding moves a number by half a step at most, so the slope that it
    is given is that of a point nearby; and an update too small to change the rounded weight is not lost, but adds up in
-   FP32 until it does.
+   FP32 until it does. (As the scale is the row's largest number, nothing is clipped and no gradient has to be cut off;
+   that the scale itself depends on the row is left out of the gradient.)
 
 The master weight is the module's own FP32 `weight`, under the name that every loader knows.
 """
@@ -132,24 +134,30 @@ def use_integers(model: Llama, integers: bool):
             module.integers = integers
 
 
-def time_products(model: Llama, tokens: int, autocast) -> dict[str, float]:
-    """Seconds that the INT8 linears of one block take on this device with either product: {"fake", "integers"}.
-
-    A forward and a backward pass of `tokens` tokens in the context that autocast() gives; the best of a second's. Not
-    compiled. Infinite where the device cannot multiply integers.
-    """
+def block_passes(model: Llama, tokens: int, autocast):
+    """A function that runs the linears of an inner block forward and backward over `tokens` tokens, each in the context
+    that autocast() gives, and waits for the device."""
     block = next(block for block in model.model.layers if not block.fp32)
-    linears = [module for module in block.modules() if isinstance(module, Int8LinearT4)]
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
 
-    def passes():
+    def run():
         for linear in linears:
             x = torch.ones(tokens, linear.in_features, device=linear.weight.device, requires_grad=True)
             with autocast():
                 y = linear(x)  # (tokens, in) -> (tokens, out)
             gradients = torch.autograd.grad(y, (x, linear.weight), torch.ones_like(y))
-        float(gradients[1][0, 0])  # waits for the device
+        float(gradients[1][0, 0])  # waits
 
-    chosen, rounds, begun = linears[0].integers, 0, time.perf_counter()
+    return run
+
+
+def time_products(model: Llama, tokens: int, autocast) -> dict[str, float]:
+    """Seconds that the linears of an inner block take on this device with either product: {"fake", "integers"}.
+
+    As `block_passes` runs them, not compiled: the fastest of those that fit into a second. Infinite where the device
+    cannot multiply integers, or not these. Leaves the model with the fake product.
+    """
+    passes, rounds, begun = block_passes(model, tokens, autocast), 0, time.perf_counter()
     best = {"fake": math.inf, "integers": math.inf}
     while rounds < 2 or rounds < 20 and time.perf_counter() < begun + 1:  # in turns; the first of each warms up
         for product in best:
@@ -161,7 +169,7 @@ def time_products(model: Llama, tokens: int, autocast) -> dict[str, float]:
                 continue
             best[product] = min(best[product], time.perf_counter() - start)
         rounds += 1
-    use_integers(model, chosen)
+    use_integers(model, False)
     return best
 
 

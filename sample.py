@@ -172,7 +172,7 @@ def main(argv: list[str]):
     vocabulary = tokenizer.load(state["config"]["tokenizer"])
     if vocabulary.sha256 != state["tokenizer_sha256"]:
         raise BadInput(f"{step_dir} was trained with another vocabulary than the {vocabulary.name} that is here")
-    device = backend.pick(options.backend, options.dtype)
+    device = backend.pick(options.backend, options.dtype, tpu=False)
     model.to(device.device)
 
     def note(text: str):  # about the text, and so not mixed with it: `python sample.py ... > text.txt` is the text

@@ -157,16 +157,23 @@ def choose_product(config: Config, model: Llama, tokens: int, device: backend.Ba
                    earlier: str | None) -> tuple[str, str]:
     """How this run's INT8 linears multiply, "integers" or "fake", and why so.
 
-    A run that was resumed goes on as it began (`earlier`): the two agree to rounding, not to the bit.
+    A run that was resumed goes on as it began (`earlier`) if it can: the two agree to rounding, not to the bit. Raises
+    BadInput where integers are asked for and the device has no product of them.
     """
-    if config.int8_product != "auto":
-        return config.int8_product, "as --int8_product says"
-    if earlier:
-        return earlier, "as the run began"
-    seconds = quant_t4.time_products(model, tokens, device.autocast)
-    seconds = {product: device.agreed(time) for product, time in seconds.items()}
-    return min(seconds, key=seconds.get), ", ".join(f"{product} {1000 * time:.2f} ms a block"
-                                                    for product, time in seconds.items())
+    asked, why = ((config.int8_product, "as --int8_product says") if config.int8_product != "auto" else
+                  (earlier, "as the run began"))
+    if asked == "fake":
+        return asked, why
+    seconds = {"fake": 0.0, "integers": math.inf}
+    if device.multiplies_integers:
+        seconds = {product: device.agreed(time)
+                   for product, time in quant_t4.time_products(model, tokens, device.autocast).items()}
+    if seconds["integers"] < math.inf:
+        return (asked, why) if asked else (min(seconds, key=seconds.get), ", ".join(
+            f"{product} {1000 * time:.2f} ms a block" for product, time in seconds.items()))
+    if config.int8_product == "integers":
+        raise BadInput("--int8_product integers: this device does not multiply integers of this shape; use fake")
+    return "fake", "the device does not multiply integers of this shape"
 
 
 def announce(config: Config, model: Llama, recipe: str, batches: Batches, device: backend.Backend, compiled: bool,
@@ -183,8 +190,8 @@ def announce(config: Config, model: Llama, recipe: str, batches: Batches, device
     print(f"model    {model.num_parameters():,} parameters: {c.num_hidden_layers} layers of {c.hidden_size}, "
           f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads, vocabulary {c.vocab_size:,}")
     print(f"recipe   {recipe}")
-    print(f"step     {config.tokens_per_step:,} tokens = {devices} device{'s' * (devices > 1)} x "
-          f"{sequences} sequences x {config.block_size} tokens, in {micro_batches} micro-batches")
+    print(f"step     {config.tokens_per_step:,} tokens = {devices} device{'s' * (devices > 1)} x {sequences} sequences "
+          f"x {config.block_size} tokens, in {micro_batches} micro-batch{'es' * (micro_batches > 1)}")
     print(f"run      {'up to ' if config.train_minutes else ''}{config.max_steps:,} steps, "
           f"{config.max_steps * config.tokens_per_step:,} tokens; "
           f"{config.schedule} to {config.learning_rate:g} after {config.warmup_steps:,} steps of warmup")
@@ -226,7 +233,7 @@ def main(argv: list[str]):
 
     # Where to start
     resumed = earlier_checkpoint(config)
-    state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "skipped_steps": 0, "int8_product": None}
+    state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "int8_product": None}
     longest = config.max_steps
     if resumed:
         state |= checkpoint.load(resumed, model, optimizer)
@@ -256,10 +263,11 @@ def main(argv: list[str]):
         recipe += f"; INT8 product: {product} ({why})"
 
     step_model = model
-    if config.compile:  # tried on a batch of the loop's own shape
-        step_model = device.compile(model, *map(device.put, next(iter(held_out.values()))[0]))
+    if config.compile:  # tried on batches of the loop's own shapes
+        step_model = device.compile(model, [tensor[:at_once] for tensor in batches[0]],
+                                    next(iter(held_out.values()))[0])
     compiled = step_model is not model or device.compiles_steps
-    parallel_model = device.parallel(step_model)
+    parallel_model = device.parallel(step_model, optimizer)
 
     # From here on all processes are together, and rank 0 alone writes.
     announce(config, model, recipe, batches, device, compiled, resumed=state if resumed else None)
@@ -305,11 +313,8 @@ def main(argv: list[str]):
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        skipped = scaler.get_scale() < scale  # the gradients were too large for FP16
-        state["skipped_steps"] += skipped
         optimizer.zero_grad(set_to_none=True)
         device.end_step()
         step += 1
@@ -325,7 +330,7 @@ def main(argv: list[str]):
         evaluating = step % config.eval_interval == 0 or last
         if step % config.log_interval == 0 or evaluating or stopping:
             train_loss, norm = device.mean(step_loss), float(grad_norm)  # waits for the device
-            if not math.isfinite(train_loss) or not math.isfinite(norm) and not skipped:
+            if not math.isfinite(train_loss) or not math.isfinite(norm) and not scaler.is_enabled():
                 print(f"error: the loss or its gradient is not finite at step {step} (loss {train_loss}, gradient norm "
                       f"{norm}); the checkpoints before it are kept. Try a smaller --learning_rate.", flush=True)
                 return 1
@@ -333,13 +338,14 @@ def main(argv: list[str]):
             tokens_per_second = (step - logged_step) * config.tokens_per_step / (now - logged_time)
             logged_step, logged_time = step, now
             entry = {"step": step, "tokens": step * config.tokens_per_step, "train_loss": train_loss,
-                     "grad_norm": None if skipped else norm, "learning_rate": rate,
+                     "grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
                      "tokens_per_second": round(tokens_per_second)}
             line = (f"step {step:6,}/{config.max_steps:,}  loss {train_loss:.4f}  grad {norm:.2f}  "
                     f"lr {rate:.2e}  {tokens_per_second:,.0f} tok/s")
-            if scaler.is_enabled():
-                entry |= {"skipped_steps": state["skipped_steps"], "loss_scale": scaler.get_scale()}
-                line += f"  skipped {state['skipped_steps']}"
+            if scaler.is_enabled():  # a step whose gradients were too large for FP16 is none to the optimizer
+                skipped = step - int(next(iter(optimizer.state.values()))["step"])
+                entry |= {"skipped_steps": skipped, "loss_scale": scaler.get_scale()}
+                line += f"  skipped {skipped}"
             if device.peak_flops:
                 entry["mfu"] = tokens_per_second * flops_per_token / device.peak_flops
                 line += f"  mfu {entry['mfu']:.1%}"

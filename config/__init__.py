@@ -133,13 +133,13 @@ class Config:
     int8_linears: tuple[str, ...] = ()
     """Linears of the inner blocks that learn to run in INT8 (quant_t4.py): any of q_proj to down_proj."""
     int8_product: Literal["auto", "integers", "fake"] = "auto"
-    """How they multiply: integers, or the same numbers in floating point; auto is what is faster when a run begins."""
+    """How they multiply: integers, or the same in floating point; auto measures both when a run begins."""
     attention: Literal["auto", "sdpa", "chunked", "flash"] = "auto"
-    """Attention: PyTorch's own; in chunks of queries; or a TPU's flash kernel. auto is sdpa, and on XLA the others."""
+    """PyTorch's own, or in chunks of queries, or a TPU's kernel; auto is sdpa, but on a TPU flash, or chunked without jax."""
     recompute: bool | None = None
     """Keep only what goes into a block, and run it again in the backward pass; done on XLA if None."""
     compile: bool = False
-    """Use torch.compile, and go on without where it fails."""
+    """Use torch.compile, and go on without where it fails. (XLA always compiles.)"""
     resume: bool = False
     """Go on from the latest checkpoint of this run, if there is one."""
     overwrite: bool = False

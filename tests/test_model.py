@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import model as model_py
 from model import (KVCache, Llama, ModelConfig, RMSNorm, causal_attention, chunked_attention, expand_heads,
                    takes_grouped_heads)
 from quant_t4 import apply_t4_recipe, use_integers
@@ -110,6 +111,22 @@ def test_expanded_heads_attend_alike(rng):
     assert torch.allclose(causal_attention(q, k, v), causal_attention(q, *expanded), atol=1e-6)
     for head in range(K * group):
         assert torch.equal(expanded[0][:, head], k[:, head // group])
+
+
+def test_a_gpu_that_wants_equal_heads(rng, monkeypatch):
+    """The path of a T4, taken here: what PyTorch gets has as many key and value heads as query heads."""
+    inputs = [torch.randn(2, heads, 7, 8) for heads in (6, 2, 2)]
+    grouped = causal_attention(*inputs)
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recording(q, k, v, **options):
+        seen.append((q.size(1), k.size(1), v.size(1), options["enable_gqa"]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(model_py, "wants_equal_heads", lambda q: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
+    assert torch.allclose(causal_attention(*inputs), grouped, atol=1e-6)
+    assert seen == [(6, 6, 6, False)]
 
 
 def test_chunked_attention(rng):
@@ -311,6 +328,7 @@ def test_a_tied_head_stays_tied():
     model = llama(shape(tie_word_embeddings=True))
     count = model.num_parameters()
     assert model.to("meta").lm_head.weight is model.model.embed_tokens.weight
+    assert model.to_empty(device="cpu").lm_head.weight is model.model.embed_tokens.weight
     assert model.num_parameters() == count == sum(p.numel() for p in llama(model.config).parameters())
 
 
