@@ -31,6 +31,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L
               "v5litepod": 197e12, "v6e": 918e12, "v4": 275e12}
 
 
+TORCH_XLA = "pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'"
+
+
 @dataclass
 class Backend:
     """A device, the precision of its matrix products, and this process's place among the `world_size` of a run."""
@@ -170,8 +173,7 @@ class XlaBackend(Backend):
             import torch_xla.distributed.spmd as spmd
             import torch_xla.runtime as runtime
         except ImportError as error:
-            raise BadInput(f"--backend xla needs torch_xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0' "
-                           f"({error})") from error
+            raise BadInput(f"--backend xla needs torch_xla: {TORCH_XLA} ({error})") from error
         if dist.is_torchelastic_launched():
             raise BadInput("--backend xla: one process drives all chips; start it with python, not torchrun")
         if dtype == "float16":
@@ -280,7 +282,7 @@ def has_tpu() -> bool:
         import torch_xla.runtime
     except ImportError as error:
         raise BadInput(f"torch_xla is installed and does not fit this torch ({error}): name another --backend, or "
-                       f"pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from error
+                       f"{TORCH_XLA}") from error
     return torch_xla.runtime.device_type() == "TPU"
 
 
@@ -288,9 +290,9 @@ def pick(backend: str = "auto", dtype: str = "auto", tpu: bool = True) -> Backen
     """The backend "cpu", "cuda", "xla" or "auto", in "float32", "bfloat16", "float16" or "auto".
 
     An auto backend is a TPU where torch_xla finds one and `tpu` allows it (what is not a step of training would be
-    compiled over and over), or else a GPU where torch finds one. An auto dtype is bfloat16 on a
-    TPU, 16 bits on a GPU (`half_precision`), bfloat16 on a CPU that has it, or else float32. Under torchrun this
-    process joins the others. Raises BadInput for a device that is not there.
+    compiled over and over), or else a GPU where torch finds one. An auto dtype is bfloat16 on a TPU, 16 bits on a GPU
+    (`half_precision`), bfloat16 on a CPU that has it, or else float32. Under torchrun this process joins the others.
+    Raises BadInput for a device that is not there.
     """
     if backend == "xla" or backend == "auto" and tpu and has_tpu():
         return XlaBackend(dtype)

@@ -363,11 +363,10 @@ def bench_t4(arguments):
 # qat
 
 @torch.no_grad()
-def bits_per_byte(run, int8):
-    """Held-out bits per byte of a run's last checkpoint, its linears in INT8 or not, all else in FP32."""
+def bits_per_byte(run, int8_linears):
+    """Held-out bits per byte of a run's last checkpoint, these of its linears in INT8, all else in FP32."""
     model, state = checkpoint.load_model(checkpoint.find(run))
-    if int8:
-        quant_t4.apply_t4_recipe(model, load([str(CONFIGS / "stentor2_12m.py")]).int8_linears)
+    quant_t4.apply_t4_recipe(model, int8_linears)
     config = load(["--data_dir", state["config"]["data_dir"]])
     held_out = {name: Batches(config, "val", name) for name in config.sources}
     losses = train.evaluate(model.eval(), held_out, backend.pick("cpu", "float32"))
@@ -388,7 +387,7 @@ def bench_qat(arguments):
                        f"--seed={seed}", f"--name=qat_{kind}_{seed}", *options]
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 sys.exit("bench.py: train.py has failed")
-            figures += [bits_per_byte(Path("out") / f"qat_{kind}_{seed}", int8) for int8 in (False, True)]
+            figures += [bits_per_byte(Path("out") / f"qat_{kind}_{seed}", int8) for int8 in ((), linears)]
         rows.append(figures)
     rows.append([statistics.mean(column) for column in zip(*rows)])
     print(f"Held-out bits per byte after {arguments.steps:,} steps of the quickstart's model\n")

@@ -150,7 +150,7 @@ def causal_attention(q, k, v):
 def chunked_attention(q, k, v, length: int = 512):
     """causal_attention of whole sequences, `length` queries at a time, each over the keys up to its last.
 
-    For devices whose only kernel writes out all scores: of those above the diagonal, half are never computed, and
+    For devices whose only kernel writes out all scores: those above the diagonal are computed within a chunk alone, and
     where blocks are recomputed (`Llama.run_with`) no more than (length, T) of a head are there at once.
     """
     ends = [min(start + length, q.size(2)) for start in range(0, q.size(2), length)]
@@ -244,7 +244,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm. A module of its own only so that names begin with `model.`, as HF's do."""
 
-    recompute = None
+    recompute = None  # how to run a block, where it is to be run again in the backward pass (`Llama.run_with`)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -280,16 +280,19 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         self.init_weights()
+
+    def tie_weights(self):
+        """Make a tied head's weight the embedding's: one parameter under two names."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, function, recurse=True):
         """What `.to` and its like do. Where it cannot change a parameter in place (XLA) it makes new ones, and has to
         be told that two of them are one."""
         super()._apply(function, recurse)
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         return self
 
     @torch.no_grad()

@@ -168,12 +168,14 @@ def choose_product(config: Config, model: Llama, tokens: int, device: backend.Ba
     if device.multiplies_integers:
         seconds = {product: device.agreed(time)
                    for product, time in quant_t4.time_products(model, tokens, device.autocast).items()}
-    if seconds["integers"] < math.inf:
-        return (asked, why) if asked else (min(seconds, key=seconds.get), ", ".join(
-            f"{product} {1000 * time:.2f} ms a block" for product, time in seconds.items()))
-    if config.int8_product == "integers":
-        raise BadInput("--int8_product integers: this device does not multiply integers of this shape; use fake")
-    return "fake", "the device does not multiply integers of this shape"
+    if seconds["integers"] == math.inf:
+        if config.int8_product == "integers":
+            raise BadInput("--int8_product integers: this device does not multiply integers of this shape; use fake")
+        return "fake", "the device does not multiply integers of this shape"
+    if asked:
+        return asked, why
+    measured = ", ".join(f"{product} {1000 * time:.2f} ms a block" for product, time in seconds.items())
+    return min(seconds, key=seconds.get), measured
 
 
 def announce(config: Config, model: Llama, recipe: str, batches: Batches, device: backend.Backend, compiled: bool,
@@ -274,13 +276,13 @@ def main(argv: list[str]):
     metrics = open_run(config, state["step"]) if device.rank == 0 else []
 
     def log(entry: dict):
-        metrics.append(entry)
         if device.rank == 0:
+            metrics.append(entry)
             with (config.out_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    # Ctrl-C and SIGTERM ask for a stop, and the loop answers between two steps. A second Ctrl-C does not wait; but
-    # where torchrun passes on what the terminal has sent already, a second one is not the user's.
+    # Ctrl-C and SIGTERM ask for a stop, and the loop answers between two steps. A second Ctrl-C does not wait; but one
+    # process of several does not leave the others in the middle of a step.
     asked = []
 
     def ask(number, frame):

@@ -135,7 +135,7 @@ class Config:
     int8_product: Literal["auto", "integers", "fake"] = "auto"
     """How they multiply: integers, or the same in floating point; auto measures both when a run begins."""
     attention: Literal["auto", "sdpa", "chunked", "flash"] = "auto"
-    """PyTorch's own, or in chunks of queries, or a TPU's kernel; auto is sdpa, but on a TPU flash, or chunked without jax."""
+    """PyTorch's own, or in chunks of queries, or a TPU's kernel; auto is sdpa, but on XLA flash, or chunked without."""
     recompute: bool | None = None
     """Keep only what goes into a block, and run it again in the backward pass; done on XLA if None."""
     compile: bool = False

@@ -39,8 +39,11 @@ def torchrun(tmp_path):
 
     yield start
     for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in workers(process).values():  # in sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
 
 
 def changed(directory, lines):
@@ -74,12 +77,8 @@ def alone(quickstart_data, tmp_path_factory):
     return directory / "out/quickstart"
 
 
-def agrees(run_dir, alone):
-    """Assert that a run is that of one process: every logged figure, the weights, the moments."""
-    ours, theirs = metrics(run_dir), metrics(alone)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    for line, other in zip(ours, theirs):
-        assert line == pytest.approx(other, abs=1e-6, rel=1e-6)
+def same_end(run_dir, alone):
+    """Assert that a run has ended with the weights and the moments of one process."""
     for name in ("model.safetensors", "optimizer.safetensors"):
         there, here = (load_file(directory / "step_00000020" / name) for directory in (alone, run_dir))
         assert there.keys() == here.keys()
@@ -93,7 +92,11 @@ def test_two_processes_learn_what_one_does(quickstart_data, alone, tmp_path, tor
     process = torchrun(2, "--data_dir", quickstart_data, *OPTIONS)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, (out, err)
-    agrees(tmp_path / "out/quickstart", alone)
+    ours, theirs = metrics(tmp_path / "out/quickstart"), metrics(alone)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for line, other in zip(ours, theirs):
+        assert line == pytest.approx(other, abs=1e-6, rel=1e-6)
+    same_end(tmp_path / "out/quickstart", alone)
     assert "2 devices x 4 sequences x 32 tokens, in 4 micro-batches" in out and "2 x CPU" in out
     assert out.count("trained 20 steps") == 1
     start = torch.cat([p.flatten() for p in load_file(alone / "step_00000005/model.safetensors").values()])
@@ -119,9 +122,7 @@ train.learning_rate = learning_rate""")
     theirs = {line["step"]: line["train_loss"] for line in metrics(alone) if "train_loss" in line}
     ours = {line["step"]: line["train_loss"] for line in metrics(run_dir) if "train_loss" in line}
     assert ours == pytest.approx(theirs, abs=1e-6)
-    agrees_at = load_file(run_dir / "step_00000020/model.safetensors")
-    for name, parameter in load_file(alone / "step_00000020/model.safetensors").items():
-        assert torch.allclose(parameter, agrees_at[name], atol=1e-6, rtol=0), name
+    same_end(run_dir, alone)
 
 
 def test_one_dies_and_the_other_ends(quickstart_data, tmp_path, rng, torchrun):
@@ -143,8 +144,7 @@ def test_one_dies_and_the_other_ends(quickstart_data, tmp_path, rng, torchrun):
 
 @pytest.mark.parametrize("whom", ["one", "all"])
 def test_asked_to_stop(quickstart_data, tmp_path, whom, torchrun):
-    """SIGTERM to one process alone, or Ctrl-C, which all of them get, and from torchrun again: they stop together, and
-    save."""
+    """SIGTERM to one process alone, or Ctrl-C to torchrun, which passes it on to all: they stop together, and save."""
     process = torchrun(2, "--data_dir", quickstart_data, *OPTIONS, "--max_steps=100000")
     wait_for_lines(tmp_path / "out/quickstart/metrics.jsonl", 3, process)
     if whom == "one":

@@ -3,7 +3,6 @@ import collections
 import json
 import os
 import re
-import signal
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import train  # noqa: E402
 from config import BadInput  # noqa: E402
 from model import causal_attention, chunked_attention  # noqa: E402
 from tests.commands import metrics, refused, run  # noqa: E402
-from tests.test_train import TINY  # noqa: E402
+from tests.test_train import TINY, stopping_at  # noqa: E402
 
 backend.pick("xla")  # before any backward pass: at its first, autograd counts the devices that there will ever be
 
@@ -168,15 +167,8 @@ def test_chunks_attend_like_the_whole(rng):
 
 def stopped_at(tiny, step, *options):
     """Train until a SIGTERM in this step."""
-    rate = train.learning_rate
-
-    def asking(number, config):
-        if number == step:
-            signal.raise_signal(signal.SIGTERM)
-        return rate(number, config)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "learning_rate", asking)
+        patch.setattr(train, "learning_rate", stopping_at(step, train.learning_rate))
         train.main([*tiny, *options])
 
 
