@@ -40,6 +40,7 @@ import train
 from config import Source, load
 from data import Batches, read_meta
 from model import Llama, takes_grouped_heads
+from vocabulary import COMPILED, VocabularyError
 
 CONFIGS = Path(__file__).with_name("config")
 DOCUMENT = 5000  # characters
@@ -99,17 +100,19 @@ def documents(count):
 
 
 def tokenizer_without_numba():
-    """A second copy of the module, imported where numba cannot be: its loops run as plain Python."""
-    present = sys.modules.get("numba")
+    """A second copy of the module, and of vocabulary.py, imported where numba cannot be: plain Python's loops."""
+    present = {name: sys.modules.get(name) for name in ("numba", "vocabulary")}
     sys.modules["numba"] = None  # makes `import numba` raise ImportError
+    sys.modules.pop("vocabulary", None)
     try:
         spec = importlib.util.spec_from_file_location("tokenizer_without_numba", tokenizer.__file__)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:
-        del sys.modules["numba"]
-        if present is not None:
-            sys.modules["numba"] = present
+        for name, module_before in present.items():
+            sys.modules.pop(name)
+            if module_before is not None:
+                sys.modules[name] = module_before
     return module
 
 
@@ -154,7 +157,7 @@ def bench_tokenizer(arguments):
     for kind, texts in kinds.items():
         few = texts[:max(1, len(texts) // 20)]  # plain Python is slow
         ids = ours.encode_batch(texts)
-        compiled = "compiled" if tokenizer.COMPILED else "plain Python, as numba is not here"
+        compiled = "compiled" if COMPILED else "plain Python, as numba is not here"
         cores = f"encode_batch, {os.cpu_count()} cores"
         runs = {  # name: (function, MB of text that it goes through)
             f"encode, {compiled}": (lambda: [ours.encode(text) for text in texts], size(texts)),
@@ -416,7 +419,7 @@ def main():
     arguments = parser.parse_args()
     try:
         header, rows = SECTIONS[arguments.section](arguments)
-    except tokenizer.VocabularyError as error:
+    except VocabularyError as error:
         sys.exit(f"bench.py: {error}")
     show(header, rows, arguments.markdown)
 

@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+import tokenizer
 from config import BadInput
 from model import Llama, ModelConfig
+from vocabulary import Tokenizer
 
 
 def write(path: Path, data: bytes):
@@ -181,3 +183,17 @@ def load_model(step_dir: Path) -> tuple[Llama, dict]:
         raise BadInput(f"{step_dir / 'state.json'} does not describe a model: {error!r}") from error
     load(step_dir, model)
     return model, state
+
+
+def load_tokenizer(step_dir: Path, state: dict) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with: a file of that name beside it or in its run's directory, or else
+    what tokenizer.load finds.
+
+    Raises BadInput where it is another than it was, VocabularyError where there is none.
+    """
+    name = state["config"]["tokenizer"]
+    near = [folder / name for folder in (step_dir, step_dir.parent) if (folder / name).is_file()]
+    vocabulary = tokenizer.load(near[0] if near else name, state["config"].get("tokenizer_segmentation", "exact"))
+    if vocabulary.sha256 != state["tokenizer_sha256"]:
+        raise BadInput(f"{step_dir} was trained with another vocabulary than the {vocabulary.name} that is here")
+    return vocabulary

@@ -198,13 +198,13 @@ def patiently(name: str, source: Source, open_: Callable, position: list, online
 # Tokenizing, in a worker process for each core
 
 
-def start_worker(name: str):
+def start_worker(name: str, segmentation: str):
     """Make this process ready for `encode`."""
     global vocabulary
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     threading.Thread(target=follow_parent, daemon=True).start()
-    vocabulary = tokenizer.load(name)
+    vocabulary = tokenizer.load(name, segmentation)
 
 
 def follow_parent():
@@ -228,14 +228,15 @@ def encode(texts: list[str], preserve_linebreaks: bool) -> list[tuple[bytes, int
 
 
 @contextlib.contextmanager
-def worker_pool(vocabulary_name: str) -> Iterator[ProcessPoolExecutor]:
-    """Processes that run `encode`, one for each core; ended with the context, in the middle of their work if need be.
+def worker_pool(*vocabulary: str) -> Iterator[ProcessPoolExecutor]:
+    """Processes that run `encode` with tokenizer.load(*vocabulary), one for each core; ended with the context, in the
+    middle of their work if need be.
 
     Forked where forking is safe: a fresh interpreter would import torch for each. That must be before this process has
     threads, so they are started here; the vocabulary's compiled loops come with the fork.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(WORKERS, context, start_worker, (vocabulary_name,))
+    pool = ProcessPoolExecutor(WORKERS, context, start_worker, vocabulary)
     try:
         pool.submit(encode, ["Hello, world."], False).result()
         yield pool
@@ -508,7 +509,7 @@ def fill(config: Config, progress: dict, needed: dict[str, float]):
     for name, source in config.sources.items():
         texts[name], held_out[name] = embedded(source) if is_embedded(source) else (None, source.held_out)
     online = False
-    with heeding_ctrl_c() as check_ctrl_c, worker_pool(config.tokenizer) as pool:
+    with heeding_ctrl_c() as check_ctrl_c, worker_pool(config.tokenizer, config.tokenizer_segmentation) as pool:
         check_ctrl_c()
         preparation = Preparation(config.data_dir, progress, check_ctrl_c)
         for split in ("val", "train"):
@@ -533,7 +534,7 @@ def fill(config: Config, progress: dict, needed: dict[str, float]):
 def main(argv: list[str]):
     config = load(argv)
     print(f"preparing {config.data_dir} with {config.tokenizer}", flush=True)  # what follows may wait for the network
-    vocabulary = tokenizer.load(config.tokenizer)
+    vocabulary = tokenizer.load(config.tokenizer, config.tokenizer_segmentation)
     if vocabulary.vocab_size > 65536:
         raise BadInput(f"{vocabulary.name} has {vocabulary.vocab_size:,} ids; a bin of uint16 can hold 65,536")
     data_dir = config.data_dir

@@ -19,7 +19,6 @@ import torch
 
 import backend
 import checkpoint
-import tokenizer
 from config import BadInput, parse, script
 from model import KVCache, Llama
 
@@ -169,9 +168,7 @@ def main(argv: list[str]):
     run = options.checkpoint or checkpoint.newest_run()
     step_dir = checkpoint.find(run, options.which)
     model, state = checkpoint.load_model(step_dir)
-    vocabulary = tokenizer.load(state["config"]["tokenizer"])
-    if vocabulary.sha256 != state["tokenizer_sha256"]:
-        raise BadInput(f"{step_dir} was trained with another vocabulary than the {vocabulary.name} that is here")
+    vocabulary = checkpoint.load_tokenizer(step_dir, state)
     device = backend.pick(options.backend, options.dtype, tpu=False)
     model.to(device.device)
 

@@ -216,9 +216,10 @@ def main(argv: list[str]):
     started = time.monotonic()
     config = load(argv)
     meta = read_meta(config)
-    vocabulary = tokenizer.load(config.tokenizer)
+    vocabulary = tokenizer.load(config.tokenizer, config.tokenizer_segmentation)
     if vocabulary.sha256 != meta["recipe"]["tokenizer"]["sha256"]:
-        raise BadInput(f"{config.data_dir} was prepared with another vocabulary than {config.tokenizer}")
+        raise BadInput(f"{config.data_dir} was prepared with another vocabulary than {vocabulary.name}; "
+                       f"give --tokenizer and --tokenizer_segmentation as there")
     device = backend.pick(config.backend, config.dtype)
 
     # The model and the optimizer

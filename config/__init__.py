@@ -78,6 +78,9 @@ class Config:
     """Directory of the token bins, written by prepare.py."""
     tokenizer: str = "quickstart-2048"
     """Vocabulary: a name, or the path of a .vocab or tokenizer.json file."""
+    tokenizer_segmentation: Literal["exact", "portable"] = "exact"
+    """How a .vocab file cuts up text: TokenMonster's own search, or the one of a tokenizer.json made of it, which other
+    programs have too (portable.py)."""
     sources: dict[str, Source] = field(default_factory=dict)
     """The mixture: a bin for each source."""
     anneal_fraction: float = 0.15

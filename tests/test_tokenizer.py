@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as T
+import vocabulary as V
 from bench import tokenizer_without_numba
 
 HERE = Path(__file__).parent
@@ -55,8 +56,8 @@ def test_golden_english(name, module):
 
 
 def test_which_copy_is_compiled():
-    assert not PLAIN.COMPILED
-    assert T.COMPILED == (importlib.util.find_spec("numba") is not None and not T.numba.config.DISABLE_JIT)
+    assert not PLAIN.TokenMonster.encode_counted.__globals__["COMPILED"]
+    assert V.COMPILED == (importlib.util.find_spec("numba") is not None and not V.numba.config.DISABLE_JIT)
 
 
 # Text that meets the rules head on: few characters, so that words, marks and apostrophes collide.
@@ -129,7 +130,7 @@ def stream(tokenizer, ids):
     return "".join([decoder.push(token) for token in ids] + [decoder.finish()])
 
 
-hard_ids = [token for token, data in enumerate(QUICK._bytes) if b"\x7f" in data or not data.isascii()]
+hard_ids = [token for token, data in enumerate(QUICK.pieces) if b"\x7f" in data or not data.isascii()]
 
 
 @drawn_afresh
@@ -157,7 +158,7 @@ def test_stream_holds_back_only_what_may_change():
     decoder = QUICK.stream()
     pushed = [decoder.push(token) for token in QUICK.encode("a\U0001f600b")]
     assert "".join(pushed) == "a\U0001f600b" and "\ufffd" not in pushed
-    assert decoder.push(QUICK._bytes.index(b"\x7f")) == "" and decoder.finish() == ""
+    assert decoder.push(QUICK.pieces.index(b"\x7f")) == "" and decoder.finish() == ""
 
 
 def test_ids_out_of_range():
@@ -199,7 +200,7 @@ def test_numbers_english(name, eos_id, rows):
 # -----------------------------------------------------------------------------
 # files that are wrong
 
-def vocab_file(entries, capcode=1, charset=1, normalization=1, unk=T.NONE, delete=1, deleted=()):
+def vocab_file(entries, capcode=1, charset=1, normalization=1, unk=V.NONE, delete=1, deleted=()):
     """The bytes of a .vocab file. entries: (key, flag, words, alternatives, id)"""
     def u24(number):
         return number.to_bytes(3, "little")
@@ -212,7 +213,7 @@ def vocab_file(entries, capcode=1, charset=1, normalization=1, unk=T.NONE, delet
     longest = max(len(key) for key, *_ in entries)
     out += u24(unk) + u24(size) + u24(size) + u24(len(entries)) + u24(delete) + bytes([longest])
     for key, flag, word_count, alternatives, token in entries:
-        alternatives = (list(alternatives) + [T.NONE, T.NONE])[:2]
+        alternatives = (list(alternatives) + [V.NONE, V.NONE])[:2]
         out += bytes([len(key)]) + key + bytes([flag, word_count])
         out += u24(alternatives[0]) + u24(alternatives[1]) + u24(token) + bytes(4)
     out += bytes(begin) + u24(len(deleted))
@@ -261,13 +262,13 @@ def test_eos_without_a_return():
 
 
 def test_without_delete_marks():
-    tokenizer = T.TokenMonster(vocab_file(TINY, capcode=0, delete=T.NONE, normalization=0), "tiny")
+    tokenizer = T.TokenMonster(vocab_file(TINY, capcode=0, delete=V.NONE, normalization=0), "tiny")
     ids, dropped = tokenizer.encode_counted("abxab\x7f1\u00e9")
     assert dropped == 1 and tokenizer.decode_bytes(ids) == b"abxab\x7f1\xc3"  # C3 A9, and no A9
     assert stream(tokenizer, ids) == "abxab\x7f1\ufffd"
 
 
-@pytest.mark.skipif(not T.COMPILED, reason="only matters where the loops are compiled")
+@pytest.mark.skipif(not V.COMPILED, reason="only matters where the loops are compiled")
 def test_more_nodes_than_uint16_holds(rng):
     keys = sorted({bytes(rng.choices(range(97, 123), k=5)) for _ in range(30000)})
     entries = TINY + [(key, 0x83, 0, (), 13 + i) for i, key in enumerate(keys) if len(key) > 4]
@@ -294,7 +295,7 @@ def test_refusals():
         (b"", "truncated"), (good + b"\0", "follow"), (b"\x89PNG\r\n\x1a\n" + good, "not a TokenMonster"),
         (vocab_file(TINY, capcode=2), "capcode"), (vocab_file(TINY, charset=2), "UTF-16"),
         (vocab_file(TINY, charset=0), "charset 0"), (vocab_file(TINY, normalization=3), "normalization"),
-        (vocab_file(TINY, unk=3), "UNK"), (vocab_file(TINY, delete=T.NONE), "delete"),
+        (vocab_file(TINY, unk=3), "UNK"), (vocab_file(TINY, delete=V.NONE), "delete"),
         (vocab_file(TINY, delete=3), "delete"), (vocab_file(TINY + [(b"a", 0, 0, (), 3)]), "repeats"),
         (vocab_file(TINY + [(b"", 0, 0, (), 3)]), "bytes long"),
         (vocab_file(TINY + [(b"zz", 0, 0, (), 99)]), "id 99"),
@@ -418,7 +419,7 @@ def test_search_against_the_slow_one(rng):
             alternatives = rng.sample(shorter, min(2, len(shorter)))
             entries.append((key, flag, rng.choice([0, 0, 0, 1, 2]), alternatives, index))
         data = vocab_file(entries, delete=keys.index(b"\x7f"))
-        tokenizer, vocabulary = PLAIN.TokenMonster(data, "random"), PLAIN.parse(data, "random")
+        tokenizer, vocabulary = PLAIN.TokenMonster(data, "random"), V.parse(data, "random")
         for _ in range(8):
             text = "".join(rng.choices("   aaaabbbb1.'\u2019\u0301\u4e00", k=40))
             ids, dropped = tokenizer.encode_counted(text)
@@ -449,7 +450,7 @@ def test_load_refusals(tmp_path, monkeypatch):
     monkeypatch.setattr(T, "MAX_FILE", 1000)
     refused(lambda: T.load(QUICKSTART), "too many")
     monkeypatch.undo()
-    monkeypatch.setattr(T, "MAX_NODES", 1000)
+    monkeypatch.setattr(V, "MAX_NODES", 1000)
     refused(lambda: T.load(QUICKSTART), "too large")
 
 
