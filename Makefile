@@ -1,5 +1,6 @@
 # make demo    a virtual environment, the embedded data, a tiny Llama trained on it, and what it writes
 # make test    the test suite
+# make compat  the tests of exports with transformers 4.46 and llama.cpp, in a virtual environment of their own
 # make tpu-test      the same train.py on torch_xla's CPU client, in a virtual environment of its own (7 GB)
 # make tpu-compile   the real Stentor3 steps, compiled for a TPU v5e-8 by its own compiler, without a TPU
 # make clean   removes what those made
@@ -9,7 +10,7 @@ PIP = .venv/bin/python -m pip install --disable-pip-version-check --constraint c
 RUN = .venv/bin/python
 TPU_PIP = .venv-tpu/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test tpu-test tpu-compile clean
+.PHONY: demo test compat tpu-test tpu-compile clean
 
 demo: .venv/run
 	$(RUN) prepare.py
@@ -24,6 +25,9 @@ demo: .venv/run
 test: .venv/test
 	$(RUN) -m pytest
 
+compat: .venv-compat/test
+	.venv-compat/bin/python -m pytest tests/test_export.py tests/test_gguf.py
+
 tpu-test: .venv-tpu/test
 	PJRT_DEVICE=CPU .venv-tpu/bin/python -m pytest tests/test_xla.py
 
@@ -37,8 +41,15 @@ tpu-compile: .venv-tpu/compile
 	$(PIP) --requirement requirements.txt
 	touch $@
 
-.venv/test: .venv/run requirements-test.txt
+.venv/test: .venv/run requirements-test.txt requirements-export.txt
 	$(PIP) --requirement requirements-test.txt
+	touch $@
+
+.venv-compat/test: requirements.txt requirements-compat.txt constraints.txt
+	$(PYTHON) -m venv .venv-compat
+	grep -Ev '^(transformers|tokenizers|huggingface_hub|datasets)==' constraints.txt > .venv-compat/constraints.txt
+	.venv-compat/bin/python -m pip install --disable-pip-version-check --constraint .venv-compat/constraints.txt \
+		--requirement requirements-compat.txt
 	touch $@
 
 .venv-tpu/test: requirements.txt requirements-tpu.txt constraints.txt
@@ -54,4 +65,4 @@ tpu-compile: .venv-tpu/compile
 	touch $@
 
 clean:
-	rm -rf .venv .venv-tpu data/quickstart out/quickstart
+	rm -rf .venv .venv-compat .venv-tpu data/quickstart out/quickstart

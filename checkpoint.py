@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 import tokenizer
 from config import BadInput
 from model import Llama, ModelConfig
+from quant_t4 import dequantize
 from vocabulary import Tokenizer
 
 
@@ -63,16 +64,17 @@ def remove(path: Path):
     shutil.rmtree(doomed)
 
 
-def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer, state: dict, best: bool, keep: int) -> Path:
+def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None, state: dict, best: bool,
+         keep: int) -> Path:
     """Save a checkpoint of state["step"] as the latest, and as the best if it is; return its directory.
 
-    `state` is anything that json can hold. Of the other checkpoints the best and the `keep` newest are kept. Raises
+    Without an optimizer it is one to sample from or to begin with, not to resume. `state` is anything that json can hold. Of the other checkpoints the best and the `keep` newest are kept. Raises
     OSError when the disk is full, with nothing left behind.
     """
     parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     moments = {f"{key}.{name}": value.detach().cpu().contiguous()
-               for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+               for name, p in parameters.items() for key, value in optimizer.state[p].items()} if optimizer else {}
     step_dir = out_dir / f"step_{state['step']:08d}"
     partial = out_dir / f".{step_dir.name}.tmp"
     try:
@@ -150,7 +152,7 @@ def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None =
     """
     state = read_state(step_dir)
     parameters = dict(model.named_parameters())
-    weights = read_tensors(step_dir / "model.safetensors")
+    weights = dequantize(read_tensors(step_dir / "model.safetensors"))
     for name in sorted(parameters.keys() | weights.keys()):
         ours = tuple(parameters[name].shape) if name in parameters else "absent"
         theirs = tuple(weights[name].shape) if name in weights else "absent"

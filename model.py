@@ -164,6 +164,8 @@ class KVCache:
     Each layer's buffer takes the dtype of what is first put in, so FP32 blocks keep FP32 keys under autocast.
     """
 
+    attend = staticmethod(causal_attention)  # of new tokens over all that are cached
+
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.length = 0  # positions filled in every layer; the model advances it once a forward
@@ -203,7 +205,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D) each, S = tokens so far
-        y = (self.attend if cache is None else causal_attention)(q, k, v)  # (B, H, T, D)
+        y = (self.attend if cache is None else cache.attend)(q, k, v)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
 

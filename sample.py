@@ -176,8 +176,9 @@ def main(argv: list[str]):
         print(text, file=sys.stderr, flush=True)
 
     bits = f", {state['bits_per_byte']:.4f} bits per byte held out" if "bits_per_byte" in state else ""
-    note(f"[{step_dir}: {model.num_parameters():,} parameters, {state['step']:,} steps{bits}; "
-         f"curves in {step_dir.parent / 'curves.png'}]")
+    curves = step_dir.parent / "curves.png"
+    note(f"[{step_dir}: {model.num_parameters():,} parameters, {state['step']:,} steps{bits}"
+         + (f"; curves in {curves}]" if curves.is_file() else "]"))
     with device.autocast():
         if options.quiz:
             return run_quiz(options.quiz, model, vocabulary)

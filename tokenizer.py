@@ -56,8 +56,9 @@ class TokenizerJson(Tokenizer):
         eos = [ids[token] for token in END_OF_TEXT if token in ids]
         if not eos:
             raise VocabularyError(f"{name}: has no end-of-text token; looked for {' '.join(END_OF_TEXT)}")
-        self.name, self.sha256 = name, hashlib.sha256(data).hexdigest()
+        self.name, self.data, self.sha256 = name, data, hashlib.sha256(data).hexdigest()
         self.eos_id, self.vocab_size = eos[0], max(ids.values()) + 1
+        self.eos_token = self._library.id_to_token(self.eos_id)
         model = self._library.model  # a byte-level or byte-fallback BPE never drops anything
         self._unknown = ids.get(getattr(model, "unk_token", None), -1)
         self._library.encode_special_tokens = True  # "</s>" in a text is text: only we end documents

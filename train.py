@@ -22,7 +22,8 @@ import quant_t4
 import tokenizer
 from config import BadInput, Config, load, script
 from data import Batches, read_meta
-from model import Llama
+from model import Llama, ModelConfig
+from vocabulary import Tokenizer
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -138,6 +139,21 @@ def earlier_checkpoint(config: Config) -> Path | None:
                    f"or --overwrite to delete it")
 
 
+def shaped_like(config: Config, step_dir: Path, vocabulary: Tokenizer) -> Config:
+    """The config with the model of a checkpoint to begin with (--init_from).
+
+    Raises BadInput where that was trained with another vocabulary, or its context is shorter than a block.
+    """
+    state = checkpoint.read_state(step_dir)
+    if state.get("tokenizer_sha256") != vocabulary.sha256:
+        raise BadInput(f"{step_dir} was trained with another vocabulary than {vocabulary.name}: prepare the data with its "
+                       f"own (--tokenizer, and another --data_dir), and train with that")
+    try:
+        return replace(config, model=ModelConfig(**state["config"]["model"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"cannot begin with {step_dir}: {error}") from error
+
+
 def open_run(config: Config, last_step: int) -> list[dict]:
     """Make the run's directory ready to go on after a step; return what metrics.jsonl holds up to there."""
     config.out_dir.mkdir(parents=True, exist_ok=True)
@@ -221,6 +237,9 @@ def main(argv: list[str]):
         raise BadInput(f"{config.data_dir} was prepared with another vocabulary than {vocabulary.name}; "
                        f"give --tokenizer and --tokenizer_segmentation as there")
     device = backend.pick(config.backend, config.dtype)
+    beginning = checkpoint.find(config.init_from, "best") if config.init_from else None
+    if beginning:
+        config = shaped_like(config, beginning, vocabulary)
 
     # The model and the optimizer
     torch.manual_seed(config.seed)
@@ -238,6 +257,8 @@ def main(argv: list[str]):
     resumed = earlier_checkpoint(config)
     state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "int8_product": None}
     longest = config.max_steps
+    if beginning and not resumed:
+        checkpoint.load(beginning, model)
     if resumed:
         state |= checkpoint.load(resumed, model, optimizer)
         if state.get("scaler") and scaler.is_enabled():

@@ -80,6 +80,7 @@ class Tokenizer:
     """What the rest of the code sees. A subclass has encode_counted, decode_bytes and stream.
 
     name        str: the vocabulary's own name
+    data        bytes: the vocabulary's file
     sha256      str: hex digest of the file, so that data and model can prove they share it
     eos_id      int: put after every document; it decodes to nothing
     vocab_size  int: the rows a model needs for its embedding, eos included
@@ -537,7 +538,7 @@ class TokenMonster(Tokenizer):
 
         if eos_id is None:
             eos_id = self.pieces.index(b"\r") if b"\r" in self.pieces else vocabulary["size"]
-        self.name, self.sha256, self.eos_id = name, hashlib.sha256(data).hexdigest(), eos_id
+        self.name, self.data, self.sha256, self.eos_id = name, data, hashlib.sha256(data).hexdigest(), eos_id
         self.vocab_size = max(vocabulary["size"], eos_id + 1)
         self.pieces[eos_id:eos_id + 1] = [b""]  # the end of a document is no text
         self._count_tables = self._make_count_tables()

@@ -143,6 +143,8 @@ class Config:
     """Keep only what goes into a block, and run it again in the backward pass; done on XLA if None."""
     compile: bool = False
     """Use torch.compile, and go on without where it fails. (XLA always compiles.)"""
+    init_from: Path | None = None
+    """Begin with the weights, and so with the shape, of a checkpoint: a run, a step of one, or an import (export.py)."""
     resume: bool = False
     """Go on from the latest checkpoint of this run, if there is one."""
     overwrite: bool = False

@@ -1,0 +1,200 @@
+"""Somebody's Llama as a checkpoint of ours: export.py --from FOLDER_OR_HUB_NAME --out out/NAME
+
+Any folder of a LlamaForCausalLM will do, if it is a plain one: what our model.py does not have (scaled RoPE, biases,
+another activation) is refused by its name. So will the first Stentor checkpoints, whose INT8 linears kept their FP32
+weights as `weight_master` (Stentor2-12M-Preview card, Weight Initialization): transformers finds no `weight` for those
+modules, and starts them anew with noise.
+
+The result is a run of step 0 with a checkpoint to sample from, to export, or to begin a training with (--init_from).
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import tokenizer
+from config import BadInput
+from export import TOLERANCE, new_folder
+from model import Llama, ModelConfig
+
+FILES = ["*.json", "*.safetensors", "*.vocab", "pytorch_model*.bin"]
+
+
+def find_folder(name: str) -> Path:
+    """The folder itself, or that of a repository on the hub, downloaded once. Raises BadInput where there is none."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise BadInput(f"there is no folder {name}")
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # no library, no network, no such repository
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"there is no folder {name}, and it cannot be downloaded from the hub ({reason})") from error
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict]:
+    """The shape that a config.json describes, and the whole of it. Raises BadInput where it is not a plain Llama's."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{folder} holds no config.json: it is not a model that transformers loads") from None
+    except ValueError as error:
+        raise BadInput(f"{folder / 'config.json'} is damaged: {error}") from error
+    rope = theirs.get("rope_parameters") or {}
+    scaling = theirs.get("rope_scaling") or {}
+    plain = {"model_type": ("llama", theirs.get("model_type")),
+             "hidden_act": ("silu", theirs.get("hidden_act", "silu")),
+             "attention_bias": (False, theirs.get("attention_bias", False)),
+             "mlp_bias": (False, theirs.get("mlp_bias", False)),
+             "pretraining_tp": (1, theirs.get("pretraining_tp", 1)),
+             "rope_parameters.rope_type": ("default", rope.get("rope_type", "default")),
+             "rope_scaling": ("default", scaling.get("rope_type", scaling.get("type", "default"))),
+             "quantization_config": (None, theirs.get("quantization_config"))}
+    for field, (ours, value) in plain.items():
+        if value != ours:
+            raise BadInput(f"{folder} is not a plain Llama: its {field} is {value!r}, and model.py's {ours!r}")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [name for name in names if name not in theirs]:
+        raise BadInput(f"{folder / 'config.json'} does not say what {missing[0]} is")
+    try:
+        return ModelConfig(
+            **{name: theirs[name] for name in names},
+            num_key_value_heads=theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
+            head_dim=theirs.get("head_dim"), max_position_embeddings=theirs.get("max_position_embeddings", 2048),
+            rms_norm_eps=theirs.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0,
+            tie_word_embeddings=bool(theirs.get("tie_word_embeddings", False)),
+            initializer_range=theirs.get("initializer_range", 0.02), fp32_blocks=()), theirs
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{folder / 'config.json'} describes no Llama that can be: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, from its safetensors files or else from PyTorch's own. Raises BadInput without any."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if files:
+        return {name: tensor for file in files for name, tensor in checkpoint.read_tensors(file).items()}
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise BadInput(f"{folder} holds no weights: neither .safetensors files nor pytorch_model.bin")
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= torch.load(file, map_location="cpu", weights_only=True)  # runs no code of the file's
+        except Exception as error:
+            raise BadInput(f"{file} is damaged, or holds more than tensors: {type(error).__name__}") from error
+    return tensors
+
+
+def plain_names(weights: dict[str, torch.Tensor], tied: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors under the names of model.py, and remarks on what had to be done for it.
+
+    Raises BadInput where two tensors claim one name and differ.
+    """
+    remarks, plain = [], {}
+    masters = [name for name in weights if name.endswith(".weight_master")]
+    if masters:
+        remarks.append(f"{len(masters)} weights are stored as weight_master, which transformers would not have found")
+    for name, tensor in weights.items():
+        if "rotary_emb." in name:  # a table that old versions saved
+            continue
+        target = name.removesuffix("_master")
+        if target in plain and not torch.allclose(plain[target].float(), tensor.float(), atol=1e-2, rtol=1e-2):
+            raise BadInput(f"{target} and {target}_master are both there, and differ by more than rounding")
+        if target not in plain or name != target:  # the master is the one in full precision
+            plain[target] = tensor
+    head, embedding = plain.get("lm_head.weight"), plain.get("model.embed_tokens.weight")
+    if tied and head is not None:
+        if embedding is None:
+            plain["model.embed_tokens.weight"] = head
+        elif head.shape != embedding.shape or not torch.equal(head, embedding):
+            remarks.append("the config ties the head, but a head of its own is stored: left out, as transformers does")
+        del plain["lm_head.weight"]
+    return plain, remarks
+
+
+@torch.no_grad()
+def fill(model: Llama, weights: dict[str, torch.Tensor], folder: Path):
+    """Put the tensors into the model, in FP32. Raises BadInput where names or shapes do not fit."""
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() | weights.keys()):
+        ours = tuple(parameters[name].shape) if name in parameters else "absent"
+        theirs = tuple(weights[name].shape) if name in weights else "absent"
+        if ours != theirs:
+            raise BadInput(f"{folder}: {name} is {theirs}, and in a Llama of its config.json {ours}")
+    for name, p in parameters.items():
+        if not torch.isfinite(weights[name].float()).all():
+            raise BadInput(f"{folder}: {name} holds numbers that are not finite")
+        p.copy_(weights[name])
+
+
+@torch.no_grad()
+def compare(model: Llama, folder: Path) -> str:
+    """Compare the logits with those that transformers computes from the same folder; what was found, in words.
+
+    Raises BadInput where they differ.
+    """
+    try:
+        import transformers
+    except ImportError:
+        return "names and shapes fit; pip install transformers, and the logits are compared too"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    input_ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.max_position_embeddings)),
+                              generator=torch.Generator().manual_seed(0))
+    difference = float((theirs(input_ids).logits - model(input_ids)[0]).abs().max())
+    if not difference <= TOLERANCE:
+        raise BadInput(f"{folder}: transformers {transformers.__version__} makes other logits of it, by {difference:.2g}")
+    return f"logits differ from those of transformers {transformers.__version__} by {difference:.1g} at most"
+
+
+def find_vocabulary(folder: Path, asked: str | None) -> Path:
+    """The vocabulary's file: what is asked for, or tokenizer.json or a .vocab file of the folder.
+
+    Raises BadInput where there is none.
+    """
+    if asked is not None:
+        return tokenizer.find(asked)
+    files = [path for path in (folder / "tokenizer.json", *sorted(folder.glob("*.vocab"))) if path.is_file()]
+    if not files:
+        raise BadInput(f"{folder} holds neither tokenizer.json nor a .vocab file; name the vocabulary: "
+                       f"--vocabulary english-8000-strict-nocapcode-v1, or a path")
+    return files[0]
+
+
+def import_llama(name: str, out: Path, vocabulary_name: str | None):
+    """Make the run `out` from a folder or a repository of the hub, with one checkpoint, of step 0.
+
+    The vocabulary's file is copied beside it, so that the run is whole by itself.
+    """
+    folder = find_folder(name)
+    config, theirs = read_config(folder)
+    weights, remarks = plain_names(read_weights(folder), config.tie_word_embeddings)
+    model = Llama(config)
+    fill(model, weights, folder)
+    found = compare(model, folder) if not remarks else "names and shapes fit"
+    source = find_vocabulary(folder, vocabulary_name)
+    vocabulary = tokenizer.load(vocabulary_name or source)
+    if vocabulary.vocab_size > config.vocab_size:
+        raise BadInput(f"{vocabulary.name} has {vocabulary.vocab_size:,} ids, and the model rows for "
+                       f"{config.vocab_size:,}: it is another model's")
+    eos = theirs.get("eos_token_id")
+    if vocabulary.eos_id not in (eos if isinstance(eos, list) else [eos]):
+        remarks.append(f"its eos_token_id is {eos}; documents end with {vocabulary.eos_id} here, as {vocabulary.name} says")
+    file = "tokenizer.json" if source.suffix == ".json" else f"{vocabulary.name}.vocab"
+    shape = {field: getattr(config, field) for field in config.__dataclass_fields__}
+    state = {"step": 0, "seconds": 0.0, "imported_from": name, "tokenizer_sha256": vocabulary.sha256,
+             "config": {"name": out.name, "tokenizer": file, "model": shape}}
+    with new_folder(out) as run:
+        checkpoint.save(run, model, None, state, best=True, keep=1)
+        shutil.copyfile(source, run / file)
+    for remark in remarks:
+        print(f"note: {remark}")
+    print(f"{name} -> {out}: {model.num_parameters():,} parameters, vocabulary {vocabulary.name}; {found}")
+    print(f"  python sample.py --checkpoint {out} --prompt \"...\"      python train.py config/... --init_from {out}")

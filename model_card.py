@@ -1,0 +1,181 @@
+"""The README.md of an exported model, made from its run alone: no figure stands in it that the run did not produce.
+
+What a reader of a card looks for, in that order: what it is, how to load it, what it writes, how it was made, how good
+it is, what not to do with it, and its licence. The sections are those of the Stentor cards; what their readers had to
+ask for (which tokenizer, which precision, bits per byte beside perplexity) is in them.
+"""
+
+import textwrap
+from pathlib import Path
+
+import torch
+
+from model import Llama, count_parameters, memory_table
+from sample import generate, prompt_ids
+from prepare import duration
+from train import read_metrics
+from vocabulary import Tokenizer, TokenMonster
+
+PROMPTS = ("", "The history of", "def read(", "1 + 1 =")
+ROWS = 12  # of the loss history, at most
+
+LOAD = {
+    "hf": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
+inputs = tokenizer("The history of", return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.8, top_p=0.9)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```""",
+    "gguf": """    llama-completion --model FILE.gguf --prompt "The history of" --temp 0.8 --top-p 0.9
+
+or in Python, with llama-cpp-python: `Llama("FILE.gguf")("The history of", max_tokens=80)`.""",
+    "onnx": """`onnx/model.onnx` takes input_ids, attention_mask and the past keys and values (of length 0 at first), and gives
+logits and the new past. In JavaScript, where the folder is served under its name:
+
+```js
+import {{ pipeline }} from "@huggingface/transformers";
+const generate = await pipeline("text-generation", "FOLDER", {{ dtype: "fp32" }});
+console.log(await generate("The history of", {{ max_new_tokens: 80 }}));
+```""",
+    "int8": """    python sample.py --checkpoint FOLDER --prompt "The history of"
+
+with nanoStentor. A weight is `name` (int8) times `name_scale` (FP32, one for each output channel).""",
+}
+
+EXACT_TOKENIZER = """The tokenizer is TokenMonster's, by code in this folder (`tokenization_tokenmonster.py`; nothing is downloaded), which
+is why transformers asks for `trust_remote_code=True`. Its ids are those that the model was trained on.
+
+lm-eval cuts a text into question and answer after it has been tokenized, and this tokenizer may write the end of the one
+and the beginning of the other as one token. Score it with the two tokenized apart:
+
+```python
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+
+
+class TokenMonsterLM(HFLM):
+    def _encode_pair(self, context, continuation):
+        words = context.rstrip()  # white space between the two belongs to the answer, as in lm-eval itself
+        return self.tok_encode(words), self.tok_encode(context[len(words):] + continuation)
+
+
+model = TokenMonsterLM(pretrained="FOLDER", trust_remote_code=True)
+results = lm_eval.simple_evaluate(model, tasks=["arc_easy"])
+```"""
+
+READ_PORTABLY = """The tokenizer is a plain `tokenizer.json` that needs no code. The model was trained with TokenMonster's own search, which
+cuts up text in another way: it knows these tokens, but not always in this order, and predicts a little worse than with
+the exact tokenizer. Characters for which the vocabulary has no token become "?"."""
+
+LIMITS = """This is a base model: it continues text, and has not been taught to follow instructions, to answer questions, to be
+truthful or to be safe. It is small: what it says of facts is mostly wrong, and it soon loses the thread. It repeats the
+errors, biases and private details that its training text holds, and what it writes may be offensive or be code that
+does harm when run.
+
+Good for: learning how language models work, experiments that need many small models, fine-tuning on a narrow task, a
+draft model for speculative decoding, devices with little memory. Not for: advice, facts, decisions about people, or
+any place where a reader may take its text for a person's."""
+
+
+def table(header: tuple, rows: list[tuple]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def samples(model: Llama, tokens: Tokenizer) -> str:
+    """What the model writes after each of PROMPTS, with sample.py's settings and a fixed seed."""
+    blocks = []
+    for prompt in PROMPTS:
+        generator = torch.Generator().manual_seed(0)
+        ids = list(generate(model, prompt_ids(tokens, prompt), 80, temperature=0.8, top_p=0.9, repetition_penalty=1.1,
+                            eos_id=tokens.eos_id, vocab_size=tokens.vocab_size, generator=generator))
+        text = "".join(c if c.isprintable() or c == "\n" else " " for c in tokens.decode(ids))
+        blocks.append(f"Prompt: {f'`{prompt}`' if prompt else 'none (a new document)'}\n\n"
+                      + textwrap.indent(prompt + text, "    ", lambda line: True))
+    return "\n\n".join(blocks)
+
+
+def architecture(model: Llama, tokens: Tokenizer) -> str:
+    """Shape, parameters and memory."""
+    c, total = model.config, model.num_parameters()
+    shape = [("layers", c.num_hidden_layers), ("hidden size", c.hidden_size), ("MLP size", c.intermediate_size),
+             ("attention heads", c.num_attention_heads), ("key/value heads", c.num_key_value_heads),
+             ("head size", c.head_dim), ("context", f"{c.max_position_embeddings:,} tokens"),
+             ("vocabulary", f"{tokens.name}, {tokens.vocab_size:,} tokens in {c.vocab_size:,} rows"),
+             ("RoPE base", f"{c.rope_theta:,.0f}"), ("embedding and head", "tied" if c.tie_word_embeddings else "untied")]
+    parameters = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in count_parameters(model).items()]
+    memory = [(name, f"{a / 1e6:.1f} MB", f"{b / 1e6:.1f} MB") for name, (a, b) in memory_table(c, total).items()]
+    return "\n\n".join([
+        "Llama: RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU, no biases.",
+        table(("", ""), shape), table(("parameters", "", ""), [*parameters, ("total", f"{total:,}", "")]),
+        table(("precision", "weights", "KV cache of a full context"), memory)])
+
+
+def training(state: dict) -> str:
+    """Hyperparameters and data, as the run's config had them."""
+    run = state["config"]
+    names = ("tokens_per_step", "block_size", "max_steps", "learning_rate", "schedule", "warmup_fraction",
+             "decay_fraction", "weight_decay", "betas", "eps", "max_grad_norm", "seed", "dtype", "int8_linears",
+             "tokenizer_segmentation")
+    settings = [(f"`{name}`", f"{run[name]:,}" if type(run[name]) is int else run[name]) for name in names if name in run]
+    tokens = state["step"] * run["tokens_per_step"]
+    text = (f"{state['step']:,} optimizer steps of {run['tokens_per_step']:,} tokens, {tokens:,} tokens in all, in "
+            f"{duration(state['seconds'])}, with AdamW.\n\n{table(('setting', 'value'), settings)}")
+    sources = [(name, " ".join(filter(None, (source["dataset"], source["subset"], *source["data_files"]))),
+                f"{source['ratio']:.0%}", f"{source['anneal_ratio']:.0%}")
+               for name, source in run["sources"].items()]
+    if sources:
+        text += (f"\n\nThe mixture of the training text, and that of the last {run['anneal_fraction']:.0%} of the run:\n\n"
+                 + table(("source", "data", "share", "share in the anneal"), sources))
+    return text
+
+
+def history(step_dir: Path, state: dict) -> str:
+    """Held-out loss, perplexity and bits per byte over the run up to this checkpoint, or "" where none was measured."""
+    metrics = read_metrics(step_dir.parent / "metrics.jsonl", state["step"])
+    evaluations = [entry for entry in metrics if "val_loss" in entry]
+    if not evaluations:
+        return ""
+    kept = evaluations[::-1][::-(-len(evaluations) // ROWS)][::-1]  # evenly, the last among them
+    rows = [(f"{entry['step']:,}", f"{entry['val_loss']:.4f}", f"{entry['val_perplexity']:.2f}",
+             f"{entry['val_bits_per_byte']:.4f}") for entry in kept]
+    text = ("On held-out documents of the training sources, mixed as in training. Loss and perplexity are of a token, and "
+            "cannot be compared between vocabularies; bits per byte can, on the same text.\n\n"
+            + table(("step", "loss (nats per token)", "perplexity", "bits per byte"), rows))
+    return text + ("\n\n![Loss and perplexity over the run](curves.png)" if (step_dir.parent / "curves.png").is_file() else "")
+
+
+def model_card(step_dir: Path, model: Llama, state: dict, tokens: Tokenizer, exported: Tokenizer, format: str,
+               dtype: str, license: str) -> str:
+    """The Markdown of a card.
+
+    step_dir, model, state    the checkpoint; the samples are drawn from `model` here and now
+    tokens, exported          the tokenizer that it was trained with, and the one of the export
+    format, dtype, license    as export.py's options
+    """
+    name = state["config"].get("name", step_dir.parent.name)
+    exact = isinstance(exported, TokenMonster)
+    load = LOAD[format].format(trust=", trust_remote_code=True" if exact else "")
+    if format == "hf" and exact:
+        load += f"\n\n{EXACT_TOKENIZER}"
+    elif exported is not tokens:
+        load += f"\n\n{READ_PORTABLY}"
+    origin = (f"It was imported from {state['imported_from']}, where its training is described."
+              if "imported_from" in state else "It was trained from scratch with nanoStentor.")
+    bits = f" It reaches {state['bits_per_byte']:.4f} bits per byte on held-out text." if "bits_per_byte" in state else ""
+    sections = [("How to load it", load), ("What it writes", "Drawn when this card was written, at temperature 0.8, top-p "
+                 "0.9 and a repetition penalty of 1.1; the first seed, not the best.\n\n" + samples(model, tokens)),
+                ("Architecture", architecture(model, tokens))]
+    if "imported_from" not in state:
+        sections += [("Training", training(state)), ("Evaluation", history(step_dir, state))]
+    sections += [("Use and limits", LIMITS),
+                 ("Licence", f"{license}. The training text has licences of its own.")]
+    front = (f"---\nlicense: {license}\nlibrary_name: {'transformers' if format in ('hf', 'onnx') else format}\n"
+             f"pipeline_tag: text-generation\ntags:\n- llama\n- nanostentor\n---\n")
+    title = (f"# {name}\n\nA base language model of {model.num_parameters():,} parameters, here in {format} with "
+             f"{dtype} weights. {origin}{bits}")
+    return "\n\n".join([front + "\n" + title, *(f"## {head}\n\n{text}" for head, text in sections if text)]) + "\n"
