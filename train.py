@@ -4,6 +4,7 @@ One loop, read from the top to the bottom of `main`. A run stops by itself, at -
 always with a checkpoint, and `--resume` goes on from it as if it had not stopped: on one CPU, bit for bit.
 """
 
+import importlib
 import io
 import json
 import math
@@ -169,6 +170,19 @@ def open_run(config: Config, last_step: int) -> list[dict]:
     return metrics
 
 
+def open_tracker(config: Config):
+    """A run of wandb or of trackio, which share the calls that we need, or None. Raises BadInput where it cannot be."""
+    if config.tracker == "none":
+        return None
+    try:
+        library = importlib.import_module(config.tracker)
+        return library.init(project="nanostentor", name=config.name, config=as_json(config), resume="allow")
+    except ImportError as error:
+        raise BadInput(f"--tracker {config.tracker} needs {error.name}: pip install {config.tracker}") from error
+    except Exception as error:  # no account, no network: its own words
+        raise BadInput(f"--tracker {config.tracker}: {' '.join(str(error).split())[:300]}") from error
+
+
 def choose_product(config: Config, model: Llama, tokens: int, device: backend.Backend,
                    earlier: str | None) -> tuple[str, str]:
     """How this run's INT8 linears multiply, "integers" or "fake", and why so.
@@ -296,8 +310,11 @@ def main(argv: list[str]):
     # From here on all processes are together, and rank 0 alone writes.
     announce(config, model, recipe, batches, device, compiled, resumed=state if resumed else None)
     metrics = open_run(config, state["step"]) if device.rank == 0 else []
+    tracker = open_tracker(config) if device.rank == 0 else None
 
     def log(entry: dict):
+        if tracker:
+            tracker.log(entry, step=entry["step"])
         if device.rank == 0:
             metrics.append(entry)
             with (config.out_dir / "metrics.jsonl").open("a") as file:
@@ -402,6 +419,8 @@ def main(argv: list[str]):
 
     if device.rank == 0:
         draw_curves(metrics, config.out_dir / "curves.png")
+    if tracker:
+        tracker.finish()
     minutes = (time.monotonic() - started) / 60
     if stopping and step < config.max_steps:
         print(f"stopped by {stopping} at step {step:,} of {config.max_steps:,} after {minutes:.1f} minutes, and saved; "

@@ -129,6 +129,8 @@ class Config:
     keep_checkpoints: int = 2
     """Checkpoints to keep besides the best."""
 
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Send what metrics.jsonl gets to one of these libraries too."""
     backend: Literal["auto", "cpu", "cuda", "xla"] = "auto"
     """Device to train on; auto takes a TPU (xla) or a GPU (cuda) where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

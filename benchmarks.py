@@ -1,0 +1,164 @@
+"""The ten benchmarks of the Stentor cards, through lm-eval as it is: python evaluate.py --benchmarks
+
+They run in blocks, as the cards' script has them. Each block's result is kept in a file of its own when it ends: a block
+that fails does not stop the others, and run again, the command goes on with those that are missing. The library, its
+tasks and their texts come from the hub; nothing of it is changed.
+
+    out/NAME/benchmarks/step_00001000/<block>.json    what lm-eval answered
+    out/NAME/benchmarks/step_00001000/table.md, table.json    the cards' table: each score, its standard error, Avg-over-random
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import backend
+import checkpoint
+from config import BadInput
+from export import weights, write_settings, write_tensors
+from model import Llama
+from vocabulary import Tokenizer, TokenMonster
+
+# block: its tasks, and how many examples stand before each question (Stentor3 card, evaluation script)
+SUITE = {
+    "openbookqa_truthfulqa": (("openbookqa", "truthfulqa_mc2"), 0),
+    "winogrande_commonsenseqa": (("winogrande", "commonsense_qa"), 0),
+    "hellaswag": (("hellaswag",), 0),
+    "arc": (("arc_easy", "arc_challenge"), 0),
+    "mmlu": (("mmlu",), 0),
+    "gsm8k_0shot": (("gsm8k",), 0),
+    "gsm8k_5shot": (("gsm8k",), 5),
+}
+
+# The score that the card's comparison takes of each task, and what guessing gets (its row "Random / Baseline").
+# TruthfulQA has no such floor: the card takes the lowest score among its peers, DistilGPT2's. GSM8K's is 0: no guess
+# is a number.
+COLUMNS = {
+    ("openbookqa", 0): ("acc_norm,none", 0.25), ("truthfulqa_mc2", 0): ("acc,none", 0.4447),
+    ("winogrande", 0): ("acc,none", 0.5), ("commonsense_qa", 0): ("acc,none", 0.2),
+    ("hellaswag", 0): ("acc_norm,none", 0.25), ("arc_easy", 0): ("acc_norm,none", 0.25),
+    ("arc_challenge", 0): ("acc_norm,none", 0.25), ("mmlu", 0): ("acc,none", 0.25),
+    ("gsm8k", 0): ("exact_match,flexible-extract", 0.0), ("gsm8k", 5): ("exact_match,flexible-extract", 0.0),
+}
+
+
+def average_over_random(scores: dict[tuple[str, int], float]) -> float | None:
+    """The card's Avg-over-random: the mean of score - baseline over its ten columns, None unless all are there."""
+    if not COLUMNS.keys() <= scores.keys():
+        return None
+    return sum(scores[column] - baseline for column, (_, baseline) in COLUMNS.items()) / len(COLUMNS)
+
+
+def language_model(folder: Path, exact: bool, batch_size: int, device: torch.device):
+    """lm-eval's model of an exported folder.
+
+    TokenMonster may write the end of a question and the beginning of its answer as one token, which leaves lm-eval with
+    an answer of none: then the two are tokenized apart.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class TokenMonsterLM(HFLM):
+        def _encode_pair(self, context, continuation):
+            words = context.rstrip()  # white space between the two belongs to the answer, as in lm-eval itself
+            return self.tok_encode(words), self.tok_encode(context[len(words):] + continuation)
+
+    return (TokenMonsterLM if exact else HFLM)(pretrained=str(folder), trust_remote_code=exact, dtype="float32",
+                                               batch_size=batch_size, device=str(device))
+
+
+def suite(options, manager) -> dict[str, tuple[tuple[str, ...], int]]:
+    """The blocks to run. Raises BadInput where lm-eval does not know a task."""
+    blocks = {task: ((task,), 0) for task in options.tasks} or SUITE
+    for tasks, _ in blocks.values():
+        for task in tasks:
+            if not manager.match_tasks([task]):
+                raise BadInput(f"lm-eval has no task {task}; lm_eval ls tasks lists those that it has, and "
+                               f"--include_path takes a folder of your own")
+    return blocks
+
+
+def score_rows(result: dict, task: str, shots: int) -> list[dict]:
+    """All scores that lm-eval gives a task, each with its standard error; and what guessing gets, at the card's score."""
+    rows = []
+    for metric, value in result.items():
+        name, _, filter_ = metric.partition(",")
+        if not filter_ or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = result.get(f"{name}_stderr,{filter_}")
+        column, baseline = COLUMNS.get((task, shots), (None, None))
+        rows.append({"task": task, "shots": shots, "metric": metric, "score": value,
+                     "stderr": error if isinstance(error, float) else None,
+                     "baseline": baseline if metric == column else None})
+    return rows
+
+
+def write_table(folder: Path, blocks: dict):
+    """table.json and table.md from the blocks that have ended, and the table on the terminal."""
+    rows = []
+    for block, (tasks, shots) in blocks.items():
+        path = folder / f"{block}.json"
+        if not path.is_file():
+            continue
+        results = json.loads(path.read_text())
+        for task in tasks:
+            rows += score_rows(results[task], task, shots)
+    scores = {(row["task"], row["shots"]): row["score"] for row in rows if row["baseline"] is not None}
+    average = average_over_random(scores)
+    lines = ["| benchmark | examples | metric | score | standard error | guessing |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        baseline = "" if row["baseline"] is None else f"{row['baseline']:.4f}"
+        lines.append(f"| {row['task']} | {row['shots']} | {row['metric']} | {row['score']:.4f} | {error} | {baseline} |")
+    if average is not None:
+        lines.append(f"| **Avg over random** | | | **{average:.4f}** | | |")
+    checkpoint.replace(folder / "table.json",
+                       (json.dumps({"scores": rows, "average_over_random": average}, indent=2) + "\n").encode())
+    checkpoint.replace(folder / "table.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+
+
+def run(step_dir: Path, model: Llama, vocabulary: Tokenizer, options, device: backend.Backend) -> int:
+    """Run the blocks that have no result yet, and write the table; 1 if one failed, else 0.
+
+    Raises BadInput where lm-eval is missing or does not know a task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BadInput(f"--benchmarks needs {error.name}: pip install 'lm_eval[hf]'") from error
+    manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
+    blocks = suite(options, manager)
+    folder = step_dir.parent / "benchmarks" / step_dir.name / (f"first_{options.limit}" if options.limit else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    exported, failed, subject = folder / "model", [], None
+    try:
+        for block, (tasks, shots) in blocks.items():
+            path = folder / f"{block}.json"
+            if path.is_file():
+                print(f"{block}: done before", flush=True)
+                continue
+            print(f"{block}: {', '.join(tasks)}" + (f", {shots} examples" if shots else ""), flush=True)
+            if subject is None:
+                exported.mkdir(exist_ok=True)
+                write_settings(exported, model, vocabulary, "float32")
+                write_tensors(exported, weights(model, torch.float32))
+                subject = language_model(exported, isinstance(vocabulary, TokenMonster), options.batch_size,
+                                         device.device)
+            try:
+                answer = lm_eval.simple_evaluate(subject, tasks=list(tasks), num_fewshot=shots, task_manager=manager,
+                                                 limit=options.limit, random_seed=42, numpy_random_seed=42,
+                                                 torch_random_seed=42, fewshot_random_seed=42)
+            except Exception as error:  # whatever it is, the other blocks are still worth having
+                failed.append(block)
+                print(f"{block} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+                continue
+            checkpoint.replace(path, (json.dumps(answer["results"], indent=2, sort_keys=True) + "\n").encode())
+    finally:
+        shutil.rmtree(exported, ignore_errors=True)
+    write_table(folder, blocks)
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command tries them again")
+    return 1 if failed else 0

@@ -1,0 +1,358 @@
+"""How good is a model? In figures that mean the same for every vocabulary.
+
+    python evaluate.py [--checkpoint out/NAME]                held-out text of its training sources
+    python evaluate.py --text FILE...                         any text
+    python evaluate.py --hf EleutherAI/pythia-14m             beside it any model of transformers, on the same text
+    python evaluate.py --benchmarks                           the Stentor cards' benchmarks, through lm-eval (benchmarks.py)
+    python evaluate.py --compare out/A out/B ...              runs side by side, from what they have logged
+
+A loss is nats per token, and a token is what the vocabulary makes it: of twice as many tokens that are half as long each
+is easier to guess, and the model no better. The whole loss divided by the bytes of the text, in bits per byte, is what it
+costs to write that text down, whatever the tokens are. All sums are in float64, over the losses of tokens in FP32, in
+whatever precision the model runs.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import backend
+import checkpoint
+from config import BadInput, parse, script
+from model import Llama, ModelConfig
+from prepare import clean_text
+from train import read_metrics
+from vocabulary import Tokenizer
+
+
+@dataclass
+class Options:
+    """Evaluate a model."""
+
+    checkpoint: Path | None = None
+    """A run (out/NAME) or one of its step directories; the newest run under out/ if None."""
+    which: Literal["best", "latest"] = "best"
+    """Which of a run's checkpoints."""
+    text: tuple[Path, ...] = ()
+    """Files of text to evaluate on, in UTF-8, instead of the held-out documents of the run's data."""
+    hf: str | None = None
+    """Another model to evaluate on the same text: a folder, or OWNER/NAME on the hub, that transformers loads."""
+    trust_remote_code: bool = False
+    """Let --hf run the code that comes with it, as the exact tokenizer of an export needs."""
+    data_dir: Path | None = None
+    """Directory of the held-out bins; that of the run if None."""
+    max_blocks: int | None = None
+    """Evaluate on the first so many blocks of each source; on all if None."""
+    block_size: int | None = None
+    """Tokens that a model sees at once; its whole context if None."""
+    stride: int | None = None
+    """Tokens between two windows; block_size, where a window sees nothing of the one before, if None. Fewer give each
+    token more context, and so lower figures, in more time."""
+    batch_size: int = 8
+    """Windows in one forward pass."""
+    benchmarks: bool = False
+    """Run lm-eval instead (pip install lm_eval; its tasks come from the hub)."""
+    tasks: tuple[str, ...] = ()
+    """With --benchmarks: these tasks of lm-eval, without examples in the prompt, instead of the cards' suite."""
+    include_path: Path | None = None
+    """With --benchmarks: a folder of task files of your own."""
+    limit: int | None = None
+    """With --benchmarks: only the first so many questions of each task."""
+    compare: tuple[Path, ...] = ()
+    """Runs to put side by side instead."""
+    picture: Path = Path("out/compare.png")
+    """Where --compare draws them."""
+    backend: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to run on."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the matrix products."""
+
+    def __post_init__(self):
+        """Raises ValueError, in one line, for values out of range."""
+        for name in ("max_blocks", "block_size", "stride", "batch_size", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loss of every token
+
+
+def windows(count: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Where to look at tokens 0 to count - 1, so that each but token 0 is predicted once: (start, stop, counted).
+
+    The model is given tokens start to stop - 1, and its last `counted` predictions, of tokens up to `stop`, count.
+    """
+    done = 0  # the last token that has been predicted
+    while done < count - 1:
+        stop = min(done + (stride if done else block_size), count - 1)
+        start = max(0, stop - block_size)
+        yield start, stop, stop - done
+        done = stop
+
+
+@torch.no_grad()
+def token_losses(logits_of: Callable, ids: np.ndarray, block_size: int, stride: int, batch_size: int,
+                 device: torch.device) -> np.ndarray:
+    """The loss of each of ids[1:], in nats: (n - 1,) float64. ids (n,) are integers, the first only a beginning.
+
+    logits_of    input_ids (B, T) -> logits (B, T, V), a causal model
+    """
+    ids = torch.from_numpy(ids.astype(np.int64))
+    losses, batch = [], []
+    for window in [*windows(len(ids), block_size, stride), None]:
+        # windows of one length go together; the first and the last may be others
+        if batch and (window is None or len(batch) == batch_size or window[1] - window[0] != batch[0][1] - batch[0][0]):
+            inputs = torch.stack([ids[start:stop] for start, stop, _ in batch]).to(device)  # (B, T)
+            targets = torch.stack([ids[start + 1:stop + 1] for start, stop, _ in batch]).to(device)  # (B, T)
+            logits = logits_of(inputs).float()
+            nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+            losses += [row[-counted:].double().cpu() for row, (_, _, counted) in zip(nats, batch)]
+            batch = []
+        batch.append(window)
+    return torch.cat(losses).numpy() if losses else np.empty(0)
+
+
+def figures(losses: np.ndarray, size: int, block_size: int) -> dict[str, float]:
+    """What `size` bytes of text with these losses (n,) come to: loss (nats a token), perplexity, bits_per_byte, and the
+    standard errors of loss and bits_per_byte.
+
+    Neighbouring tokens are alike, so the errors are those of a mean over blocks; NaN for fewer than two.
+    """
+    loss, blocks = losses.mean(), len(losses) // block_size
+    means = losses[:blocks * block_size].reshape(blocks, block_size).mean(1) if blocks else np.empty(0)
+    error = means.std(ddof=1) / math.sqrt(blocks) if blocks > 1 else math.nan
+    per_byte = len(losses) / size / math.log(2)  # bits per byte for a nat per token
+    return {"tokens": len(losses), "bytes": size, "loss": loss, "loss_stderr": error,
+            "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss * per_byte,
+            "bits_per_byte_stderr": error * per_byte}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The text, and the two kinds of models
+
+
+@dataclass
+class Document:
+    """A text, and its ids where they are in a bin."""
+
+    text: str
+    ids: np.ndarray | None = None
+
+
+@dataclass
+class Subject:
+    """A model to evaluate: what it is called, its logits, how it writes text, and how far it sees.
+
+    logits    input_ids (B, T) -> (B, T, V)
+    encode    a document -> its ids (n,), and how many bytes of its text they stand for
+    """
+
+    name: str
+    logits: Callable
+    encode: Callable
+    eos_id: int
+    context: int
+
+
+def ours(step_dir: Path, model: Llama, vocabulary: Tokenizer) -> Subject:
+    """A checkpoint of ours. Bytes are those of the decoded text, as in meta.json."""
+    def encode(document: Document) -> tuple[np.ndarray, int]:
+        ids = vocabulary.encode(document.text) if document.ids is None else document.ids
+        return ids, vocabulary.count_bytes(ids)
+
+    return Subject(str(step_dir), lambda input_ids: model(input_ids)[0], encode, vocabulary.eos_id,
+                   model.config.max_position_embeddings)
+
+
+def theirs(name: str, trust_remote_code: bool, device: torch.device) -> Subject:
+    """A causal model of transformers. Raises BadInput where it cannot be loaded."""
+    try:
+        import transformers
+    except ImportError:
+        raise BadInput("--hf needs transformers: pip install transformers") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of whatever library it goes wrong in
+        raise BadInput(f"transformers cannot load {name}: {' '.join(str(error).split())[:300]}") from error
+    eos_id = tokens.eos_token_id if tokens.eos_token_id is not None else tokens.bos_token_id
+    if eos_id is None:
+        raise BadInput(f"{name} has no token to put between documents")
+    model = model.float().to(device).eval()
+
+    def encode(document: Document) -> tuple[np.ndarray, int]:
+        ids = tokens(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.array(ids, np.int64), len(document.text.encode())
+
+    return Subject(name, lambda input_ids: model(input_ids=input_ids).logits, encode, eos_id,
+                   getattr(model.config, "max_position_embeddings", 1024))
+
+
+def held_out(data_dir: Path, names: list[str], vocabulary: Tokenizer) -> dict[str, list[Document]]:
+    """The held-out documents of each source. Raises BadInput where there are none, or of another vocabulary."""
+    try:
+        meta = json.loads((data_dir / "meta.json").read_text())
+        sha256 = meta["recipe"]["tokenizer"]["sha256"]
+        bins = {name: np.fromfile(data_dir / f"{name}_val.bin", "<u2") for name in names or meta["sources"]}
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no {error.filename}; prepare the data of the run again (prepare.py), say where it is "
+                       f"(--data_dir), or evaluate on any text (--text)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{data_dir / 'meta.json'} is damaged: {error!r}") from error
+    if sha256 != vocabulary.sha256:
+        raise BadInput(f"{data_dir} was prepared with another vocabulary than the model's, {vocabulary.name}")
+    documents = {}
+    for name, ids in bins.items():
+        ends = np.flatnonzero(ids == vocabulary.eos_id)
+        documents[name] = [Document(vocabulary.decode(part), part[:-1]) for part in np.split(ids, ends + 1) if len(part)]
+        if not documents[name]:
+            raise BadInput(f"{data_dir / f'{name}_val.bin'} is empty: there is nothing to evaluate on")
+    return documents
+
+
+def read_text(path: Path) -> Document:
+    """A file, cleaned as training text is, line breaks kept. Raises BadInput where it is no text, or empty."""
+    try:
+        text = clean_text(path.read_text(encoding="utf-8"), preserve_linebreaks=True)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not text in UTF-8: {error}") from error
+    if not text:
+        raise BadInput(f"{path} is empty: there is nothing to evaluate on")
+    return Document(text)
+
+
+def evaluate(subject: Subject, documents: list[Document], options: Options,
+             device: backend.Backend) -> dict[str, float]:
+    """The figures of a model on documents, joined as in training: each follows the end of another.
+
+    The end of a document counts as a token, and as no byte.
+    """
+    block_size = min(options.block_size or subject.context, subject.context)
+    stride = min(options.stride or block_size, block_size)
+    encoded = [subject.encode(document) for document in documents]
+    ids = np.concatenate([[subject.eos_id], *(part for ids, _ in encoded for part in (ids, [subject.eos_id]))])
+    with device.autocast():
+        losses = token_losses(subject.logits, ids, block_size, stride, options.batch_size, device.device)
+    return figures(losses, sum(size for _, size in encoded), block_size)
+
+
+def first_blocks(documents: list[Document], subject: Subject, count: int) -> list[Document]:
+    """So many of the first documents as fill `count` blocks of the model's: whole ones, the same for every model."""
+    left, chosen = count * subject.context, []
+    while left > 0 and len(chosen) < len(documents):
+        chosen.append(documents[len(chosen)])
+        left -= len(subject.encode(chosen[-1])[0]) + 1
+    return chosen
+
+
+def mixture(rows: dict[str, dict], sources: dict[str, dict]) -> dict[str, float]:
+    """The figures of one text in which the sources are mixed by their ratios, as train.py logs them."""
+    ratios = {name: source["ratio"] for name, source in sources.items()}
+    loss = sum(ratios[name] * rows[name]["loss"] for name in rows)
+    size = sum(ratios[name] * rows[name]["bytes"] / rows[name]["tokens"] for name in rows)  # bytes a token
+    error = math.sqrt(sum((ratios[name] * rows[name]["loss_stderr"]) ** 2 for name in rows))
+    return {"tokens": sum(row["tokens"] for row in rows.values()), "bytes": sum(row["bytes"] for row in rows.values()),
+            "loss": loss, "loss_stderr": error, "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": loss / math.log(2) / size, "bits_per_byte_stderr": error / math.log(2) / size}
+
+
+def show(name: str, rows: dict[str, dict]):
+    """Print a model's figures."""
+    print(f"{name}\n  {'text':24} {'tokens':>10} {'bytes':>11} {'loss':>18} {'perplexity':>11} {'bits per byte':>18}")
+    for text, row in rows.items():
+        print(f"  {text:24} {row['tokens']:10,} {row['bytes']:11,} {row['loss']:8.4f} +- {row['loss_stderr']:6.4f} "
+              f"{row['perplexity']:11.2f} {row['bits_per_byte']:8.4f} +- {row['bits_per_byte_stderr']:6.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs side by side
+
+
+def read_run(run: Path) -> dict:
+    """What a run has logged: its parameters, and evaluations over tokens and FLOPs. Raises BadInput where it has none."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        with torch.device("meta"):  # shapes without numbers
+            model = Llama(ModelConfig(**config["model"]))
+        flops = model.flops_per_token(config["block_size"])
+        evaluations = [entry for entry in read_metrics(run / "metrics.jsonl", sys.maxsize) if "val_bits_per_byte" in entry]
+        tokens = [entry["step"] * config["tokens_per_step"] for entry in evaluations]
+    except FileNotFoundError as error:
+        raise BadInput(f"{run} is no run of train.py: there is no {error.filename}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{run} is damaged: {error!r}") from error
+    if not evaluations:
+        raise BadInput(f"{run} has not been evaluated yet: its metrics.jsonl has no held-out loss")
+    return {"name": run.name, "parameters": model.num_parameters(), "tokens": tokens,
+            "flops": [count * flops for count in tokens],
+            "bits_per_byte": [entry["val_bits_per_byte"] for entry in evaluations]}
+
+
+def compare(runs: list[Path], picture: Path):
+    """Print one table of the runs and draw one picture: bits per byte over tokens and over FLOPs.
+
+    The figures are of each run's own held-out text: they compare runs on the same data.
+    """
+    from matplotlib.figure import Figure
+
+    logged = [read_run(run) for run in runs]
+    print(f"{'run':24} {'parameters':>12} {'tokens':>15} {'FLOPs':>9} {'bits per byte':>14} {'best':>7}")
+    for run in logged:
+        print(f"{run['name']:24} {run['parameters']:12,} {run['tokens'][-1]:15,} {run['flops'][-1]:9.2e} "
+              f"{run['bits_per_byte'][-1]:14.4f} {min(run['bits_per_byte']):7.4f}")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, unit, label in zip(figure.subplots(1, 2, sharey=True), ("tokens", "flops"), ("tokens", "FLOPs")):
+        for run in logged:
+            axes.plot(run[unit], run["bits_per_byte"], marker=".", label=run["name"])
+        axes.set(xlabel=label, xscale="log", ylabel="held-out bits per byte")
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, format="png", dpi=110)
+    print(f"{picture} shows them")
+
+
+def main(argv: list[str]):
+    options = parse(Options, argv)
+    if options.compare:
+        return compare(options.compare, options.picture)
+    step_dir = checkpoint.find(options.checkpoint or checkpoint.newest_run(), options.which)
+    model, state = checkpoint.load_model(step_dir)
+    vocabulary = checkpoint.load_tokenizer(step_dir, state)
+    device = backend.pick(options.backend, options.dtype, tpu=False)
+    if options.benchmarks:
+        import benchmarks
+        return benchmarks.run(step_dir, model, vocabulary, options, device)
+
+    subject, sources = ours(step_dir, model.to(device.device), vocabulary), state["config"].get("sources", {})
+    if options.text:
+        documents = {str(path): [read_text(path)] for path in options.text}
+    else:
+        data_dir = options.data_dir or Path(state["config"].get("data_dir", "data"))
+        documents = held_out(data_dir, [] if options.data_dir else list(sources), vocabulary)
+    if options.max_blocks:
+        documents = {name: first_blocks(texts, subject, options.max_blocks) for name, texts in documents.items()}
+    if options.stride:
+        print(f"windows move by {options.stride} tokens: lower figures than in training, where they do not overlap")
+    for subject in [subject, *([theirs(options.hf, options.trust_remote_code, device.device)] if options.hf else [])]:
+        rows = {name: evaluate(subject, texts, options, device) for name, texts in documents.items()}
+        if len(rows) > 1 and rows.keys() == sources.keys():
+            rows["mixed as in training"] = mixture(rows, sources)
+        show(subject.name, rows)
+    dropped = sum(vocabulary.count_dropped(document.text) for texts in documents.values() for document in texts)
+    if dropped:
+        print(f"{dropped:,} bytes of the text have no token in {vocabulary.name}, and are no part of its figures")
+
+
+if __name__ == "__main__":
+    script(main)
