@@ -23,7 +23,7 @@ demo: .venv/run
 	@$(RUN) sample.py --checkpoint out/quickstart --quiz data/quickstart/math_quiz.jsonl
 
 test: .venv/test
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 compat: .venv-compat/test
 	.venv-compat/bin/python -m pytest tests/test_export.py tests/test_gguf.py

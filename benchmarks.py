@@ -1,15 +1,20 @@
 """The ten benchmarks of the Stentor cards, through lm-eval as it is: python evaluate.py --benchmarks
 
-They run in blocks, as the cards' script has them. Each block's result is kept in a file of its own when it ends: a block
-that fails does not stop the others, and run again, the command goes on with those that are missing. The library, its
-tasks and their texts come from the hub; nothing of it is changed.
+They run in blocks, as in the cards' script. Each block's result is kept in a file of its own when it ends: a block that
+fails does not stop the others, and run again, the command goes on with those that are missing. The library is used as
+it is; its tasks come from the hub.
 
-    out/NAME/benchmarks/step_00001000/<block>.json    what lm-eval answered
-    out/NAME/benchmarks/step_00001000/table.md, table.json    the cards' table: each score, its standard error, Avg-over-random
+    out/NAME/benchmarks/step_00001000/<block>.json            what lm-eval answered
+    out/NAME/benchmarks/step_00001000/table.md, table.json    the cards' table: scores, their errors, Avg-over-random
+                                                              (tasks.md, tasks.json for --tasks of your own)
 """
 
+import contextlib
+import importlib
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,7 +56,24 @@ def average_over_random(scores: dict[tuple[str, int], float]) -> float | None:
     return sum(scores[column] - baseline for column, (_, baseline) in COLUMNS.items()) / len(COLUMNS)
 
 
-def language_model(folder: Path, exact: bool, batch_size: int, device: torch.device):
+@contextlib.contextmanager
+def library_called_evaluate() -> Iterator[None]:
+    """Let `import evaluate` mean Hugging Face's library of that name, which some of lm-eval's tasks use, and not the
+    script of ours that has brought us here."""
+    here, path, ours = Path(__file__).parent.resolve(), sys.path[:], sys.modules.pop("evaluate", None)
+    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != here]
+    with contextlib.suppress(ImportError):
+        importlib.import_module("evaluate")
+    sys.path[:] = path
+    try:
+        yield
+    finally:
+        sys.modules.pop("evaluate", None)
+        if ours is not None:
+            sys.modules["evaluate"] = ours
+
+
+def language_model(folder: Path, exact: bool, dtype: str, batch_size: int, device: torch.device):
     """lm-eval's model of an exported folder.
 
     TokenMonster may write the end of a question and the beginning of its answer as one token, which leaves lm-eval with
@@ -64,23 +86,24 @@ def language_model(folder: Path, exact: bool, batch_size: int, device: torch.dev
             words = context.rstrip()  # white space between the two belongs to the answer, as in lm-eval itself
             return self.tok_encode(words), self.tok_encode(context[len(words):] + continuation)
 
-    return (TokenMonsterLM if exact else HFLM)(pretrained=str(folder), trust_remote_code=exact, dtype="float32",
+    return (TokenMonsterLM if exact else HFLM)(pretrained=str(folder), trust_remote_code=exact, dtype=dtype,
                                                batch_size=batch_size, device=str(device))
 
 
 def suite(options, manager) -> dict[str, tuple[tuple[str, ...], int]]:
-    """The blocks to run. Raises BadInput where lm-eval does not know a task."""
+    """The blocks to run. Raises BadInput for what is no task of lm-eval's and no group with a score of its own."""
     blocks = {task: ((task,), 0) for task in options.tasks} or SUITE
+    known = {*manager.all_subtasks, *manager.all_groups}
     for tasks, _ in blocks.values():
         for task in tasks:
-            if not manager.match_tasks([task]):
-                raise BadInput(f"lm-eval has no task {task}; lm_eval ls tasks lists those that it has, and "
+            if task not in known:
+                raise BadInput(f"lm-eval has no task or group {task}; lm_eval ls tasks lists those that it has, and "
                                f"--include_path takes a folder of your own")
     return blocks
 
 
 def score_rows(result: dict, task: str, shots: int) -> list[dict]:
-    """All scores that lm-eval gives a task, each with its standard error; and what guessing gets, at the card's score."""
+    """All scores that lm-eval gives a task, with their standard errors; and what guessing gets, at the card's score."""
     rows = []
     for metric, value in result.items():
         name, _, filter_ = metric.partition(",")
@@ -94,8 +117,8 @@ def score_rows(result: dict, task: str, shots: int) -> list[dict]:
     return rows
 
 
-def write_table(folder: Path, blocks: dict):
-    """table.json and table.md from the blocks that have ended, and the table on the terminal."""
+def write_table(folder: Path, blocks: dict, name: str):
+    """NAME.json and NAME.md from the blocks that have ended, and the table on the terminal."""
     rows = []
     for block, (tasks, shots) in blocks.items():
         path = folder / f"{block}.json"
@@ -106,16 +129,18 @@ def write_table(folder: Path, blocks: dict):
             rows += score_rows(results[task], task, shots)
     scores = {(row["task"], row["shots"]): row["score"] for row in rows if row["baseline"] is not None}
     average = average_over_random(scores)
-    lines = ["| benchmark | examples | metric | score | standard error | guessing |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| benchmark | examples | metric | score | standard error | guessing |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
         baseline = "" if row["baseline"] is None else f"{row['baseline']:.4f}"
-        lines.append(f"| {row['task']} | {row['shots']} | {row['metric']} | {row['score']:.4f} | {error} | {baseline} |")
+        lines.append(f"| {row['task']} | {row['shots']} | {row['metric']} | {row['score']:.4f} | {error} "
+                     f"| {baseline} |")
     if average is not None:
         lines.append(f"| **Avg over random** | | | **{average:.4f}** | | |")
-    checkpoint.replace(folder / "table.json",
+    checkpoint.replace(folder / f"{name}.json",
                        (json.dumps({"scores": rows, "average_over_random": average}, indent=2) + "\n").encode())
-    checkpoint.replace(folder / "table.md", ("\n".join(lines) + "\n").encode())
+    checkpoint.replace(folder / f"{name}.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 
 
@@ -145,12 +170,13 @@ def run(step_dir: Path, model: Llama, vocabulary: Tokenizer, options, device: ba
                 exported.mkdir(exist_ok=True)
                 write_settings(exported, model, vocabulary, "float32")
                 write_tensors(exported, weights(model, torch.float32))
-                subject = language_model(exported, isinstance(vocabulary, TokenMonster), options.batch_size,
-                                         device.device)
+                subject = language_model(exported, isinstance(vocabulary, TokenMonster), options.dtype,
+                                         options.batch_size, device.device)
             try:
-                answer = lm_eval.simple_evaluate(subject, tasks=list(tasks), num_fewshot=shots, task_manager=manager,
-                                                 limit=options.limit, random_seed=42, numpy_random_seed=42,
-                                                 torch_random_seed=42, fewshot_random_seed=42)
+                with library_called_evaluate():
+                    answer = lm_eval.simple_evaluate(
+                        subject, tasks=list(tasks), num_fewshot=shots, task_manager=manager, limit=options.limit,
+                        random_seed=42, numpy_random_seed=42, torch_random_seed=42, fewshot_random_seed=42)
             except Exception as error:  # whatever it is, the other blocks are still worth having
                 failed.append(block)
                 print(f"{block} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
@@ -158,7 +184,7 @@ def run(step_dir: Path, model: Llama, vocabulary: Tokenizer, options, device: ba
             checkpoint.replace(path, (json.dumps(answer["results"], indent=2, sort_keys=True) + "\n").encode())
     finally:
         shutil.rmtree(exported, ignore_errors=True)
-    write_table(folder, blocks)
+    write_table(folder, blocks, "tasks" if options.tasks else "table")
     if failed:
         print(f"failed: {', '.join(failed)}; the same command tries them again")
     return 1 if failed else 0

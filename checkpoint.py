@@ -68,8 +68,9 @@ def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None, s
          keep: int) -> Path:
     """Save a checkpoint of state["step"] as the latest, and as the best if it is; return its directory.
 
-    Without an optimizer it is one to sample from or to begin with, not to resume. `state` is anything that json can hold. Of the other checkpoints the best and the `keep` newest are kept. Raises
-    OSError when the disk is full, with nothing left behind.
+    Without an optimizer it is one to sample from or to begin with, not to resume. `state` is anything that json can
+    hold. Of the other checkpoints the best and the `keep` newest are kept. Raises OSError when the disk is full, with
+    nothing left behind.
     """
     parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
@@ -188,14 +189,17 @@ def load_model(step_dir: Path) -> tuple[Llama, dict]:
 
 
 def load_tokenizer(step_dir: Path, state: dict) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with: a file of that name beside it or in its run's directory, or else
-    what tokenizer.load finds.
+    """The tokenizer that a checkpoint was trained with: a file of that name beside it or in its run's directory, or
+    else what tokenizer.load finds.
 
-    Raises BadInput where it is another than it was, VocabularyError where there is none.
+    Raises BadInput where it is another than it was or is not named, VocabularyError where there is none.
     """
-    name = state["config"]["tokenizer"]
+    try:
+        name, sha256 = str(state["config"]["tokenizer"]), state["tokenizer_sha256"]
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{step_dir / 'state.json'} does not say which tokenizer the model has: {error!r}") from error
     near = [folder / name for folder in (step_dir, step_dir.parent) if (folder / name).is_file()]
     vocabulary = tokenizer.load(near[0] if near else name, state["config"].get("tokenizer_segmentation", "exact"))
-    if vocabulary.sha256 != state["tokenizer_sha256"]:
+    if vocabulary.sha256 != sha256:
         raise BadInput(f"{step_dir} was trained with another vocabulary than the {vocabulary.name} that is here")
     return vocabulary

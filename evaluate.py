@@ -1,20 +1,21 @@
 """How good is a model? In figures that mean the same for every vocabulary.
 
-    python evaluate.py [--checkpoint out/NAME]                held-out text of its training sources
-    python evaluate.py --text FILE...                         any text
-    python evaluate.py --hf EleutherAI/pythia-14m             beside it any model of transformers, on the same text
-    python evaluate.py --benchmarks                           the Stentor cards' benchmarks, through lm-eval (benchmarks.py)
-    python evaluate.py --compare out/A out/B ...              runs side by side, from what they have logged
+    python evaluate.py [--checkpoint out/NAME]          held-out text of its training sources
+    python evaluate.py --text FILE...                   any text
+    python evaluate.py --hf EleutherAI/pythia-14m       beside it any model of transformers, on the same text
+    python evaluate.py --benchmarks                     the Stentor cards' benchmarks, through lm-eval (benchmarks.py)
+    python evaluate.py --compare out/A out/B ...        runs side by side, from what they have logged
 
-A loss is nats per token, and a token is what the vocabulary makes it: of twice as many tokens that are half as long each
-is easier to guess, and the model no better. The whole loss divided by the bytes of the text, in bits per byte, is what it
-costs to write that text down, whatever the tokens are. All sums are in float64, over the losses of tokens in FP32, in
-whatever precision the model runs.
+A loss is nats per token, and a token is what the vocabulary makes it: of twice as many tokens that are half as long,
+each is easier to guess, and the model no better. The whole loss divided by the bytes of the text, in bits per byte, is
+what it costs to write that text down, whatever the tokens are. All sums are in float64, over the losses of tokens in
+FP32, in whatever precision the model runs.
 """
 
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Options:
     data_dir: Path | None = None
     """Directory of the held-out bins; that of the run if None."""
     max_blocks: int | None = None
-    """Evaluate on the first so many blocks of each source; on all if None."""
+    """Evaluate on the first documents of each source, as many as fill so many blocks; on all if None."""
     block_size: int | None = None
     """Tokens that a model sees at once; its whole context if None."""
     stride: int | None = None
@@ -80,6 +81,8 @@ class Options:
         for name in ("max_blocks", "block_size", "stride", "batch_size", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if (self.tasks or self.limit or self.include_path) and not self.benchmarks:
+            raise ValueError("tasks, limit and include_path are for benchmarks: add --benchmarks")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -94,8 +97,7 @@ def windows(count: int, block_size: int, stride: int) -> Iterator[tuple[int, int
     done = 0  # the last token that has been predicted
     while done < count - 1:
         stop = min(done + (stride if done else block_size), count - 1)
-        start = max(0, stop - block_size)
-        yield start, stop, stop - done
+        yield (max(0, stop - block_size) if stride < block_size else done), stop, stop - done
         done = stop
 
 
@@ -142,10 +144,11 @@ def figures(losses: np.ndarray, size: int, block_size: int) -> dict[str, float]:
 
 @dataclass
 class Document:
-    """A text, and its ids where they are in a bin."""
+    """A text; and where it is from a bin its ids there, and the bytes that they decode to."""
 
     text: str
     ids: np.ndarray | None = None
+    size: int | None = None
 
 
 @dataclass
@@ -153,7 +156,7 @@ class Subject:
     """A model to evaluate: what it is called, its logits, how it writes text, and how far it sees.
 
     logits    input_ids (B, T) -> (B, T, V)
-    encode    a document -> its ids (n,), and how many bytes of its text they stand for
+    encode    a document -> its ids (n,), and how many bytes of its text they write down
     """
 
     name: str
@@ -164,10 +167,12 @@ class Subject:
 
 
 def ours(step_dir: Path, model: Llama, vocabulary: Tokenizer) -> Subject:
-    """A checkpoint of ours. Bytes are those of the decoded text, as in meta.json."""
+    """A checkpoint of ours. What its vocabulary cannot write is no part of the text."""
     def encode(document: Document) -> tuple[np.ndarray, int]:
-        ids = vocabulary.encode(document.text) if document.ids is None else document.ids
-        return ids, vocabulary.count_bytes(ids)
+        if document.ids is not None:
+            return document.ids, document.size
+        ids, dropped = vocabulary.encode_counted(document.text)
+        return ids, len(document.text.encode()) - dropped
 
     return Subject(str(step_dir), lambda input_ids: model(input_ids)[0], encode, vocabulary.eos_id,
                    model.config.max_position_embeddings)
@@ -185,6 +190,8 @@ def theirs(name: str, trust_remote_code: bool, device: torch.device) -> Subject:
         tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # of whatever library it goes wrong in
+        if "trust_remote_code" in str(error):
+            raise BadInput(f"{name} comes with code of its own; --trust_remote_code lets it run") from error
         raise BadInput(f"transformers cannot load {name}: {' '.join(str(error).split())[:300]}") from error
     eos_id = tokens.eos_token_id if tokens.eos_token_id is not None else tokens.bos_token_id
     if eos_id is None:
@@ -192,8 +199,8 @@ def theirs(name: str, trust_remote_code: bool, device: torch.device) -> Subject:
     model = model.float().to(device).eval()
 
     def encode(document: Document) -> tuple[np.ndarray, int]:
-        ids = tokens(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.array(ids, np.int64), len(document.text.encode())
+        ids = tokens(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return np.array(ids, np.int64), len(document.text.encode()) if document.size is None else document.size
 
     return Subject(name, lambda input_ids: model(input_ids=input_ids).logits, encode, eos_id,
                    getattr(model.config, "max_position_embeddings", 1024))
@@ -215,7 +222,9 @@ def held_out(data_dir: Path, names: list[str], vocabulary: Tokenizer) -> dict[st
     documents = {}
     for name, ids in bins.items():
         ends = np.flatnonzero(ids == vocabulary.eos_id)
-        documents[name] = [Document(vocabulary.decode(part), part[:-1]) for part in np.split(ids, ends + 1) if len(part)]
+        # The vocabulary may have taken letters and their accents apart (NFD); to others they are strange that way.
+        documents[name] = [Document(unicodedata.normalize("NFC", vocabulary.decode(part)), part[:-1],
+                                    vocabulary.count_bytes(part)) for part in np.split(ids, ends + 1) if len(part)]
         if not documents[name]:
             raise BadInput(f"{data_dir / f'{name}_val.bin'} is empty: there is nothing to evaluate on")
     return documents
@@ -233,18 +242,21 @@ def read_text(path: Path) -> Document:
 
 
 def evaluate(subject: Subject, documents: list[Document], options: Options,
-             device: backend.Backend) -> dict[str, float]:
+             device: backend.Backend, name: str = "the text") -> dict[str, float]:
     """The figures of a model on documents, joined as in training: each follows the end of another.
 
-    The end of a document counts as a token, and as no byte.
+    The end of a document counts as a token, and as no byte. Raises BadInput where nothing of them (`name`) is left.
     """
     block_size = min(options.block_size or subject.context, subject.context)
     stride = min(options.stride or block_size, block_size)
     encoded = [subject.encode(document) for document in documents]
+    size = sum(size for _, size in encoded)
+    if not size:
+        raise BadInput(f"{name} holds nothing that the vocabulary of {subject.name} can write")
     ids = np.concatenate([[subject.eos_id], *(part for ids, _ in encoded for part in (ids, [subject.eos_id]))])
     with device.autocast():
         losses = token_losses(subject.logits, ids, block_size, stride, options.batch_size, device.device)
-    return figures(losses, sum(size for _, size in encoded), block_size)
+    return figures(losses, size, block_size)
 
 
 def first_blocks(documents: list[Document], subject: Subject, count: int) -> list[Document]:
@@ -280,13 +292,14 @@ def show(name: str, rows: dict[str, dict]):
 
 
 def read_run(run: Path) -> dict:
-    """What a run has logged: its parameters, and evaluations over tokens and FLOPs. Raises BadInput where it has none."""
+    """What a run has logged: its parameters, and evaluations over tokens and FLOPs. Raises BadInput without any."""
     try:
         config = json.loads((run / "config.json").read_text())
         with torch.device("meta"):  # shapes without numbers
             model = Llama(ModelConfig(**config["model"]))
         flops = model.flops_per_token(config["block_size"])
-        evaluations = [entry for entry in read_metrics(run / "metrics.jsonl", sys.maxsize) if "val_bits_per_byte" in entry]
+        metrics = read_metrics(run / "metrics.jsonl", sys.maxsize)
+        evaluations = [entry for entry in metrics if "val_bits_per_byte" in entry]
         tokens = [entry["step"] * config["tokens_per_step"] for entry in evaluations]
     except FileNotFoundError as error:
         raise BadInput(f"{run} is no run of train.py: there is no {error.filename}") from None
@@ -342,10 +355,10 @@ def main(argv: list[str]):
         documents = held_out(data_dir, [] if options.data_dir else list(sources), vocabulary)
     if options.max_blocks:
         documents = {name: first_blocks(texts, subject, options.max_blocks) for name, texts in documents.items()}
-    if options.stride:
+    if options.stride and options.stride < (options.block_size or subject.context):
         print(f"windows move by {options.stride} tokens: lower figures than in training, where they do not overlap")
     for subject in [subject, *([theirs(options.hf, options.trust_remote_code, device.device)] if options.hf else [])]:
-        rows = {name: evaluate(subject, texts, options, device) for name, texts in documents.items()}
+        rows = {name: evaluate(subject, texts, options, device, name) for name, texts in documents.items()}
         if len(rows) > 1 and rows.keys() == sources.keys():
             rows["mixed as in training"] = mixture(rows, sources)
         show(subject.name, rows)

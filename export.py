@@ -1,10 +1,10 @@
 """Out to other programs, and in from them.
 
-    python export.py --out DIR [--checkpoint out/NAME] [--format hf]     a folder that transformers loads, of any version
-    python export.py --out DIR --format gguf                             a file for llama.cpp (export_gguf.py)
-    python export.py --out DIR --format onnx                             a graph for ONNX Runtime (export_onnx.py)
-    python export.py --out DIR --format int8                             INT8 weights, a checkpoint for sample.py
-    python export.py --out out/NAME --from FOLDER_OR_HUB_NAME            somebody's Llama as a checkpoint (import_llama.py)
+    python export.py --out DIR [--checkpoint out/NAME] [--format hf]    a folder that any transformers loads
+    python export.py --out DIR --format gguf                            a file for llama.cpp (export_gguf.py)
+    python export.py --out DIR --format onnx                            a graph for ONNX Runtime (export_onnx.py)
+    python export.py --out DIR --format int8                            INT8 weights, a checkpoint for sample.py
+    python export.py --out out/NAME --from FOLDER_OR_HUB_NAME           somebody's Llama, imported (import_llama.py)
 
 Our weights carry Hugging Face's names and its order of rotary pairs, so most of this is writing down, in the words of
 each program, what config.json and the vocabulary already say. What is written is then read back by the program that it
@@ -54,9 +54,9 @@ class Options:
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"
     """Of the weights; q8_0 is llama.cpp's INT8 (gguf only)."""
     tokenizer: Literal["exact", "portable"] | None = None
-    """Exact: the ids that the model was trained on, from TokenMonster's search by code of ours that transformers must be
-    allowed to run. Portable: a plain tokenizer.json (portable.py). If None, what the model was trained with; gguf and
-    onnx, whose programs cannot run our code, portable."""
+    """Exact: the ids that the model was trained on, from TokenMonster's search, by code of ours that transformers must
+    be allowed to run. Portable: a plain tokenizer.json (portable.py). If None, what the model was trained with; gguf
+    and onnx, whose programs cannot run our code, portable."""
     license: str = "apache-2.0"
     """Licence that the model card names. It is yours to choose, and depends on the training data too."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
@@ -73,14 +73,19 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise BadInput(f"{out} is there already, and not empty; delete it or choose another --out")
-    partial = out.with_name(f"{out.name}.partial")
+    target = out.resolve()
+    if target == Path.cwd() or any(parent.is_file() for parent in target.parents):
+        raise BadInput(f"{out} cannot be made: it is the directory that you are in, or in a file")
+    above = next(parent for parent in target.parents if parent.is_dir())  # on the same disk, with nothing made but this
+    partial = above / f"{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         yield partial
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
+        if target.is_dir():
+            target.rmdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -238,7 +243,7 @@ def write_int8(folder: Path, model: Llama, state: dict, tokens: Tokenizer, dtype
     write_json(folder / "state.json", state | {"config": config})
     integers = [tensor for tensor in tensors.values() if tensor.dtype == torch.int8]
     return (f"{len(integers)} weights in INT8, {sum(t.numel() for t in integers) / model.num_parameters():.0%} of the "
-            f"parameters" + ("" if trained else "; the model was not trained for it (--int8_linears), and loses a little"))
+            f"parameters" + ("" if trained else "; the model was not trained for it (--int8_linears)"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,6 +255,8 @@ def export(options: Options):
         raise BadInput("--dtype q8_0 is llama.cpp's: it needs --format gguf")
     if options.format == "onnx" and options.dtype != "float32":
         raise BadInput("--format onnx is in float32; onnxruntime's own tools make other types of it")
+    if options.format in ("gguf", "onnx") and options.tokenizer == "exact":
+        raise BadInput(f"--format {options.format} takes no --tokenizer exact: what reads it cannot run our code")
     if options.format == "int8" and options.tokenizer:
         raise BadInput("--format int8 is for sample.py, and keeps the tokenizer that the model was trained with")
     step_dir = checkpoint.find(options.checkpoint or checkpoint.newest_run(), options.which)
@@ -279,6 +286,9 @@ def export(options: Options):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = [(path.relative_to(folder), path.stat().st_size) for path in files]
     print(f"{step_dir} -> {options.out}: {found}")
+    if exported is not tokens:
+        print("  note: the model was trained with the exact segmentation, and text in the portable one is strange to "
+              "it: it continues a prompt, but do not score with this (README.md, Two tokenizers)")
     for path, size in sizes:
         print(f"  {str(path):34} {size / 1e6:10.3f} MB")
 

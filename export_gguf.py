@@ -1,14 +1,14 @@
 """The model as a GGUF file, for llama.cpp and what is built on it: export.py --format gguf
 
-Two things differ there. llama.cpp turns neighbouring pairs of a head's numbers by RoPE, where we (and transformers) turn
-pairs that stand half a head apart: the rows of q_proj and k_proj are put in its order. And of its tokenizers none is
-TokenMonster's, but one, "t5", is a Unigram, as portable.py makes them: of two ways that are equally good it even takes
-the one that the `tokenizers` library takes, so a text has the same ids (NOTES.md has the others that were tried). It
-works on characters, and so cannot write one of which the vocabulary has only the bytes: that becomes "?" (and so does
-"??", where that is not a piece). What the model writes comes out whole.
+Two things differ there. llama.cpp turns neighbouring pairs of a head's numbers by RoPE, where we (and transformers)
+turn pairs that stand half a head apart: the rows of q_proj and k_proj are put in its order. And of its tokenizers none
+is TokenMonster's, but one, "t5", is a Unigram, as portable.py makes them: of two ways that are equally good it even
+takes the one that the `tokenizers` library takes, so a text has the same ids (NOTES.md has the other that was tried).
+It works on characters, and so cannot write one of which the vocabulary has only the bytes: that becomes "?" (and so
+does "??", where that is not a piece). What the model writes comes out whole.
 
-A model that learnt with TokenMonster's own search writes delete marks too, of which llama.cpp knows nothing: remove each
-0x7F, and the space after it.
+A model that learnt with TokenMonster's own search writes delete marks too, of which llama.cpp knows nothing: remove
+each 0x7F, and the space after it.
 """
 
 import json
@@ -44,9 +44,9 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def is_text(piece: bytes) -> bool:
-    """Whether a piece is UTF-8 by itself."""
+    """Whether a piece is UTF-8 by itself, and can be a string of C's."""
     try:
-        return bool(piece.decode())
+        return b"\0" not in piece and bool(piece.decode())
     except UnicodeDecodeError:
         return False
 
@@ -60,8 +60,8 @@ def unigram(tokens: Tokenizer) -> tuple[list[bytes], list[float]]:
         return portable.pieces(tokens, lossless=False)
     made = json.loads(tokens.data)
     if made["model"]["type"] != "Unigram" or "ByteLevel" not in json.dumps(made["pre_tokenizer"]):
-        raise BadInput(f"the tokenizer of {tokens.name} is a {made['model']['type']}, which is not written to GGUF here; "
-                       f"use --format hf, and llama.cpp's convert_hf_to_gguf.py on that")
+        raise BadInput(f"the tokenizer of {tokens.name} is a {made['model']['type']}, which is not written to GGUF "
+                       f"here; use --format hf, and llama.cpp's convert_hf_to_gguf.py on that")
     value = {character: byte for byte, character in enumerate(portable.CHARACTERS)}
     names, scores = zip(*made["model"]["vocab"])
     pieces = [b"" if token == tokens.eos_id else bytes(value[c] for c in name) for token, name in enumerate(names)]

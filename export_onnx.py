@@ -134,6 +134,7 @@ def run(session, model: Llama, input_ids, past: list[torch.Tensor] | None, atten
         past = [torch.zeros(len(input_ids), c.num_key_value_heads, 0, c.head_dim)] * (2 * c.num_hidden_layers)
     if attention_mask is None:
         attention_mask = torch.ones(len(input_ids), past[0].size(2) + input_ids.size(1), dtype=torch.int64)
-    feed = {"input_ids": input_ids, "attention_mask": attention_mask, **dict(zip(names(model, "past_key_values"), past))}
+    feed = {"input_ids": input_ids, "attention_mask": attention_mask}
+    feed |= dict(zip(names(model, "past_key_values"), past))
     logits, *present = map(torch.from_numpy, session.run(None, {name: t.numpy() for name, t in feed.items()}))
     return logits, present

@@ -45,14 +45,18 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
         raise BadInput(f"{folder} holds no config.json: it is not a model that transformers loads") from None
     except ValueError as error:
         raise BadInput(f"{folder / 'config.json'} is damaged: {error}") from error
-    rope = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or {}
+    if not isinstance(theirs, dict):
+        raise BadInput(f"{folder / 'config.json'} holds no model's config")
+    rope, scaling = theirs.get("rope_parameters") or {}, theirs.get("rope_scaling") or {}
+    for field, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise BadInput(f"{folder} is not a plain Llama: its {field} is {value!r}")
     plain = {"model_type": ("llama", theirs.get("model_type")),
              "hidden_act": ("silu", theirs.get("hidden_act", "silu")),
              "attention_bias": (False, theirs.get("attention_bias", False)),
              "mlp_bias": (False, theirs.get("mlp_bias", False)),
              "pretraining_tp": (1, theirs.get("pretraining_tp", 1)),
-             "rope_parameters.rope_type": ("default", rope.get("rope_type", "default")),
+             "rope_parameters.rope_type": ("default", rope.get("rope_type", rope.get("type", "default"))),
              "rope_scaling": ("default", scaling.get("rope_type", scaling.get("type", "default"))),
              "quantization_config": (None, theirs.get("quantization_config"))}
     for field, (ours, value) in plain.items():
@@ -104,7 +108,9 @@ def plain_names(weights: dict[str, torch.Tensor], tied: bool) -> tuple[dict[str,
         if "rotary_emb." in name:  # a table that old versions saved
             continue
         target = name.removesuffix("_master")
-        if target in plain and not torch.allclose(plain[target].float(), tensor.float(), atol=1e-2, rtol=1e-2):
+        other = plain.get(target)
+        if other is not None and (other.shape != tensor.shape
+                                  or not torch.allclose(other.float(), tensor.float(), atol=1e-2, rtol=1e-2)):
             raise BadInput(f"{target} and {target}_master are both there, and differ by more than rounding")
         if target not in plain or name != target:  # the master is the one in full precision
             plain[target] = tensor
@@ -150,7 +156,8 @@ def compare(model: Llama, folder: Path) -> str:
                               generator=torch.Generator().manual_seed(0))
     difference = float((theirs(input_ids).logits - model(input_ids)[0]).abs().max())
     if not difference <= TOLERANCE:
-        raise BadInput(f"{folder}: transformers {transformers.__version__} makes other logits of it, by {difference:.2g}")
+        raise BadInput(f"{folder}: transformers {transformers.__version__} makes other logits of it: they differ by "
+                       f"{difference:.2g}")
     return f"logits differ from those of transformers {transformers.__version__} by {difference:.1g} at most"
 
 
@@ -186,7 +193,8 @@ def import_llama(name: str, out: Path, vocabulary_name: str | None):
                        f"{config.vocab_size:,}: it is another model's")
     eos = theirs.get("eos_token_id")
     if vocabulary.eos_id not in (eos if isinstance(eos, list) else [eos]):
-        remarks.append(f"its eos_token_id is {eos}; documents end with {vocabulary.eos_id} here, as {vocabulary.name} says")
+        remarks.append(f"its eos_token_id is {eos}; documents end with {vocabulary.eos_id} here, as {vocabulary.name} "
+                       f"says")
     file = "tokenizer.json" if source.suffix == ".json" else f"{vocabulary.name}.vocab"
     shape = {field: getattr(config, field) for field in config.__dataclass_fields__}
     state = {"step": 0, "seconds": 0.0, "imported_from": name, "tokenizer_sha256": vocabulary.sha256,

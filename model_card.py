@@ -19,6 +19,11 @@ from vocabulary import Tokenizer, TokenMonster
 PROMPTS = ("", "The history of", "def read(", "1 + 1 =")
 ROWS = 12  # of the loss history, at most
 
+FORMS = {  # the library that the hub is told, and what to call the format
+    "hf": ("transformers", "for transformers, with {} weights"), "gguf": ("gguf", "for llama.cpp, with {} weights"),
+    "onnx": ("transformers.js", "as an ONNX graph in {}"),
+    "int8": ("nanostentor", "with INT8 weights, and {} where INT8 will not do")}
+
 LOAD = {
     "hf": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,8 +37,8 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
     "gguf": """    llama-completion --model FILE.gguf --prompt "The history of" --temp 0.8 --top-p 0.9
 
 or in Python, with llama-cpp-python: `Llama("FILE.gguf")("The history of", max_tokens=80)`.""",
-    "onnx": """`onnx/model.onnx` takes input_ids, attention_mask and the past keys and values (of length 0 at first), and gives
-logits and the new past. In JavaScript, where the folder is served under its name:
+    "onnx": """`onnx/model.onnx` takes input_ids, attention_mask and the past keys and values (of length 0 at first),
+and gives logits and the new past. In JavaScript, where the folder is served under its name:
 
 ```js
 import {{ pipeline }} from "@huggingface/transformers";
@@ -45,11 +50,12 @@ console.log(await generate("The history of", {{ max_new_tokens: 80 }}));
 with nanoStentor. A weight is `name` (int8) times `name_scale` (FP32, one for each output channel).""",
 }
 
-EXACT_TOKENIZER = """The tokenizer is TokenMonster's, by code in this folder (`tokenization_tokenmonster.py`; nothing is downloaded), which
-is why transformers asks for `trust_remote_code=True`. Its ids are those that the model was trained on.
+EXACT_TOKENIZER = """The tokenizer is TokenMonster's, by code in this folder (`tokenization_tokenmonster.py`; nothing is
+downloaded), which is why transformers asks for `trust_remote_code=True`. Its ids are those that the model was trained
+on.
 
-lm-eval cuts a text into question and answer after it has been tokenized, and this tokenizer may write the end of the one
-and the beginning of the other as one token. Score it with the two tokenized apart:
+lm-eval cuts a text into question and answer after it has been tokenized, and this tokenizer may write the end of the
+one and the beginning of the other as one token. Score it with the two tokenized apart:
 
 ```python
 import lm_eval
@@ -62,18 +68,20 @@ class TokenMonsterLM(HFLM):
         return self.tok_encode(words), self.tok_encode(context[len(words):] + continuation)
 
 
-model = TokenMonsterLM(pretrained="FOLDER", trust_remote_code=True)
+model = TokenMonsterLM(pretrained="FOLDER", trust_remote_code=True, device="cpu")  # or "cuda"
 results = lm_eval.simple_evaluate(model, tasks=["arc_easy"])
 ```"""
 
-READ_PORTABLY = """The tokenizer is a plain `tokenizer.json` that needs no code. The model was trained with TokenMonster's own search, which
-cuts up text in another way: it knows these tokens, but not always in this order, and predicts a little worse than with
-the exact tokenizer. Characters for which the vocabulary has no token become "?"."""
+READ_PORTABLY = """**The tokenizer is not quite the one of the model's training.** It has the same tokens, in a form
+that needs no code, but the model learnt from text that TokenMonster's own search cut up in another way. Text in these
+tokens is strange to it: it continues a prompt, but do not score texts or run benchmarks with this folder. For those,
+export it with the exact tokenizer, or train with `tokenizer_segmentation="portable"`. Characters for which there is no
+token become "?"."""
 
-LIMITS = """This is a base model: it continues text, and has not been taught to follow instructions, to answer questions, to be
-truthful or to be safe. It is small: what it says of facts is mostly wrong, and it soon loses the thread. It repeats the
-errors, biases and private details that its training text holds, and what it writes may be offensive or be code that
-does harm when run.
+LIMITS = """This is a base model: it continues text, and has not been taught to follow instructions, to answer
+questions, to be truthful or to be safe. It is small: what it says of facts is mostly wrong, and it soon loses the
+thread. It repeats the errors, biases and private details that its training text holds, and what it writes may be
+offensive or be code that does harm when run.
 
 Good for: learning how language models work, experiments that need many small models, fine-tuning on a narrow task, a
 draft model for speculative decoding, devices with little memory. Not for: advice, facts, decisions about people, or
@@ -106,7 +114,8 @@ def architecture(model: Llama, tokens: Tokenizer) -> str:
              ("attention heads", c.num_attention_heads), ("key/value heads", c.num_key_value_heads),
              ("head size", c.head_dim), ("context", f"{c.max_position_embeddings:,} tokens"),
              ("vocabulary", f"{tokens.name}, {tokens.vocab_size:,} tokens in {c.vocab_size:,} rows"),
-             ("RoPE base", f"{c.rope_theta:,.0f}"), ("embedding and head", "tied" if c.tie_word_embeddings else "untied")]
+             ("RoPE base", f"{c.rope_theta:,.0f}"),
+             ("embedding and head", "tied" if c.tie_word_embeddings else "untied")]
     parameters = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in count_parameters(model).items()]
     memory = [(name, f"{a / 1e6:.1f} MB", f"{b / 1e6:.1f} MB") for name, (a, b) in memory_table(c, total).items()]
     return "\n\n".join([
@@ -121,7 +130,8 @@ def training(state: dict) -> str:
     names = ("tokens_per_step", "block_size", "max_steps", "learning_rate", "schedule", "warmup_fraction",
              "decay_fraction", "weight_decay", "betas", "eps", "max_grad_norm", "seed", "dtype", "int8_linears",
              "tokenizer_segmentation")
-    settings = [(f"`{name}`", f"{run[name]:,}" if type(run[name]) is int else run[name]) for name in names if name in run]
+    settings = [(f"`{name}`", f"{run[name]:,}" if type(run[name]) is int else run[name])
+                for name in names if name in run]
     tokens = state["step"] * run["tokens_per_step"]
     text = (f"{state['step']:,} optimizer steps of {run['tokens_per_step']:,} tokens, {tokens:,} tokens in all, in "
             f"{duration(state['seconds'])}, with AdamW.\n\n{table(('setting', 'value'), settings)}")
@@ -129,8 +139,8 @@ def training(state: dict) -> str:
                 f"{source['ratio']:.0%}", f"{source['anneal_ratio']:.0%}")
                for name, source in run["sources"].items()]
     if sources:
-        text += (f"\n\nThe mixture of the training text, and that of the last {run['anneal_fraction']:.0%} of the run:\n\n"
-                 + table(("source", "data", "share", "share in the anneal"), sources))
+        text += (f"\n\nThe mixture of the training text, and that of the last {run['anneal_fraction']:.0%} of the run:"
+                 f"\n\n{table(('source', 'data', 'share', 'share in the anneal'), sources)}")
     return text
 
 
@@ -143,10 +153,12 @@ def history(step_dir: Path, state: dict) -> str:
     kept = evaluations[::-1][::-(-len(evaluations) // ROWS)][::-1]  # evenly, the last among them
     rows = [(f"{entry['step']:,}", f"{entry['val_loss']:.4f}", f"{entry['val_perplexity']:.2f}",
              f"{entry['val_bits_per_byte']:.4f}") for entry in kept]
-    text = ("On held-out documents of the training sources, mixed as in training. Loss and perplexity are of a token, and "
-            "cannot be compared between vocabularies; bits per byte can, on the same text.\n\n"
+    text = ("On held-out documents of the training sources, mixed as in training. Loss and perplexity are of a token, "
+            "and cannot be compared between vocabularies; bits per byte can, on the same text.\n\n"
             + table(("step", "loss (nats per token)", "perplexity", "bits per byte"), rows))
-    return text + ("\n\n![Loss and perplexity over the run](curves.png)" if (step_dir.parent / "curves.png").is_file() else "")
+    if (step_dir.parent / "curves.png").is_file():
+        text += "\n\n![Loss and perplexity over the run](curves.png)"
+    return text
 
 
 def model_card(step_dir: Path, model: Llama, state: dict, tokens: Tokenizer, exported: Tokenizer, format: str,
@@ -165,17 +177,22 @@ def model_card(step_dir: Path, model: Llama, state: dict, tokens: Tokenizer, exp
     elif exported is not tokens:
         load += f"\n\n{READ_PORTABLY}"
     origin = (f"It was imported from {state['imported_from']}, where its training is described."
-              if "imported_from" in state else "It was trained from scratch with nanoStentor.")
-    bits = f" It reaches {state['bits_per_byte']:.4f} bits per byte on held-out text." if "bits_per_byte" in state else ""
-    sections = [("How to load it", load), ("What it writes", "Drawn when this card was written, at temperature 0.8, top-p "
-                 "0.9 and a repetition penalty of 1.1; the first seed, not the best.\n\n" + samples(model, tokens)),
+              if "imported_from" in state else
+              f"It was trained with nanoStentor, beginning with the weights of {state['config']['init_from']}."
+              if state["config"].get("init_from") else "It was trained from scratch with nanoStentor.")
+    reached = (f"It reaches {state['bits_per_byte']:.4f} bits per byte on held-out text." if "bits_per_byte" in state
+               else "")
+    drawn = ("Drawn when this card was written, at temperature 0.8, top-p 0.9 and a repetition penalty of 1.1; the "
+             "first seed, not the best.")
+    sections = [("How to load it", load), ("What it writes", f"{drawn}\n\n{samples(model, tokens)}"),
                 ("Architecture", architecture(model, tokens))]
     if "imported_from" not in state:
         sections += [("Training", training(state)), ("Evaluation", history(step_dir, state))]
     sections += [("Use and limits", LIMITS),
                  ("Licence", f"{license}. The training text has licences of its own.")]
-    front = (f"---\nlicense: {license}\nlibrary_name: {'transformers' if format in ('hf', 'onnx') else format}\n"
-             f"pipeline_tag: text-generation\ntags:\n- llama\n- nanostentor\n---\n")
-    title = (f"# {name}\n\nA base language model of {model.num_parameters():,} parameters, here in {format} with "
-             f"{dtype} weights. {origin}{bits}")
+    library, form = FORMS[format]
+    front = (f"---\nlicense: {license}\nlibrary_name: {library}\npipeline_tag: text-generation\n"
+             f"tags:\n- llama\n- nanostentor\n---\n")
+    title = (f"# {name}\n\nA base language model of {model.num_parameters():,} parameters, {form.format(dtype)}. "
+             f"{origin} {reached}".rstrip())
     return "\n\n".join([front + "\n" + title, *(f"## {head}\n\n{text}" for head, text in sections if text)]) + "\n"

@@ -12,8 +12,8 @@ Two kinds of pieces are left out: with a score of DEAD they are never the best.
 - Those with a delete mark, and the mark itself: nothing here puts marks into a text.
 - Those that hold the end of a word and the space after it (" of a"). So every word begins a token wherever a single
   space sets it off, and the tokens of a text do not depend on the words that follow: "of" + " a" is never one token,
-  the ids of a prompt begin those of the prompt with an answer, and no answer is without a token of its own. TokenMonster
-  can promise none of these, and programs that score answers rely on them.
+  the ids of a prompt begin those of the prompt with an answer, and no answer is without a token of its own.
+  TokenMonster can promise none of these, and programs that score answers rely on them.
 
 There are two forms. A model that learns with this segmentation (tokenizer_segmentation="portable" in its config) has
 the lossless one: bytes for which the vocabulary has no piece take the ids of pieces that are left out, so every text
@@ -70,8 +70,8 @@ def pieces(vocabulary, lossless: bool) -> tuple[list[bytes], list[float]]:
         missing = sorted(UTF8 - {text[0] for text, score in zip(texts, scores) if len(text) == 1 and score != DEAD})
         free = [token for token, score in enumerate(scores) if score == DEAD and token != vocabulary.eos_id]
         if len(missing) > len(free):
-            raise VocabularyError(f"{vocabulary.name}: {len(missing)} bytes have no token, and only {len(free)} ids are "
-                                  f"free to give them one; use tokenizer_segmentation exact")
+            raise VocabularyError(f"{vocabulary.name}: {len(missing)} bytes have no token, and only {len(free)} ids "
+                                  f"are free to give them one; use tokenizer_segmentation exact")
         for byte, token in zip(missing, free):
             texts[token], scores[token] = bytes([byte]), live_score(RAREST)
     return texts, scores

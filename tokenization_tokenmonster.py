@@ -55,7 +55,11 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         return self.tokens[index] if index < len(self.tokens) else ""  # the model may have rows that no token has
 
     def convert_tokens_to_string(self, tokens):
-        """Tokens -> text. Special tokens, which some versions hand over with the others, stand for themselves."""
+        """Tokens -> text. Special tokens, which some versions hand over with the others, stand for themselves.
+
+        A line end with an open delete mark keeps the mark: TextStreamer forgets what it has when a text ends in
+        "\\n", and the space that the mark is to delete would begin the next line. No whole text ends so.
+        """
         text, ids = [], []
         for token in [*tokens, None]:
             if token in self.ids and token not in self.all_special_tokens:
@@ -63,6 +67,8 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
             else:
                 text += [self.vocabulary.decode(ids), token or ""]
                 ids = []
+        if tokens and tokens[-1] in self.ids and self.vocabulary.pieces[self.ids[tokens[-1]]].endswith(b"\n\x7f"):
+            text.append("\x7f")
         return "".join(text)
 
     def save_vocabulary(self, save_directory, filename_prefix=None):

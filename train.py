@@ -147,8 +147,8 @@ def shaped_like(config: Config, step_dir: Path, vocabulary: Tokenizer) -> Config
     """
     state = checkpoint.read_state(step_dir)
     if state.get("tokenizer_sha256") != vocabulary.sha256:
-        raise BadInput(f"{step_dir} was trained with another vocabulary than {vocabulary.name}: prepare the data with its "
-                       f"own (--tokenizer, and another --data_dir), and train with that")
+        raise BadInput(f"{step_dir} was trained with another vocabulary than {vocabulary.name}: prepare the data with "
+                       f"its own (--tokenizer, and another --data_dir), and train with that")
     try:
         return replace(config, model=ModelConfig(**state["config"]["model"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -160,7 +160,8 @@ def open_run(config: Config, last_step: int) -> list[dict]:
     config.out_dir.mkdir(parents=True, exist_ok=True)
     stale = list(config.out_dir.glob(".*.tmp"))  # left by a run that was killed while it saved
     if last_step == 0:
-        stale += [config.out_dir / "latest", config.out_dir / "best", *config.out_dir.glob("step_*")]
+        stale += [config.out_dir / name for name in ("latest", "best", "benchmarks")]
+        stale += config.out_dir.glob("step_*")
     for path in stale:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     metrics_path = config.out_dir / "metrics.jsonl"
@@ -309,8 +310,8 @@ def main(argv: list[str]):
 
     # From here on all processes are together, and rank 0 alone writes.
     announce(config, model, recipe, batches, device, compiled, resumed=state if resumed else None)
-    metrics = open_run(config, state["step"]) if device.rank == 0 else []
     tracker = open_tracker(config) if device.rank == 0 else None
+    metrics = open_run(config, state["step"]) if device.rank == 0 else []
 
     def log(entry: dict):
         if tracker:

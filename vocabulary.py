@@ -543,6 +543,10 @@ class TokenMonster(Tokenizer):
         self.pieces[eos_id:eos_id + 1] = [b""]  # the end of a document is no text
         self._count_tables = self._make_count_tables()
 
+    def __reduce__(self):
+        """For pickle and copy: made anew from the file. (Plain Python's memoryviews cannot be pickled.)"""
+        return TokenMonster, (self.data, self.name, self.eos_id)
+
     def _make_count_tables(self):
         """The two tables of `_count`."""
         keys = self.pieces + [b""] * (self.vocab_size - len(self.pieces))

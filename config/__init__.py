@@ -146,7 +146,7 @@ class Config:
     compile: bool = False
     """Use torch.compile, and go on without where it fails. (XLA always compiles.)"""
     init_from: Path | None = None
-    """Begin with the weights, and so with the shape, of a checkpoint: a run, a step of one, or an import (export.py)."""
+    """Begin with the weights, and so the shape, of a checkpoint: a run, a step of one, or an import (export.py)."""
     resume: bool = False
     """Go on from the latest checkpoint of this run, if there is one."""
     overwrite: bool = False
