@@ -47,7 +47,7 @@ tpu-compile: .venv-tpu/compile
 
 .venv-compat/test: requirements.txt requirements-compat.txt constraints.txt
 	$(PYTHON) -m venv .venv-compat
-	grep -Ev '^(transformers|tokenizers|huggingface_hub|datasets)==' constraints.txt > .venv-compat/constraints.txt
+	grep -Ev '^(transformers|tokenizers|huggingface_hub|datasets|fsspec|dill|multiprocess)==' constraints.txt > .venv-compat/constraints.txt
 	.venv-compat/bin/python -m pip install --disable-pip-version-check --constraint .venv-compat/constraints.txt \
 		--requirement requirements-compat.txt
 	touch $@

@@ -60,7 +60,7 @@ class Options:
     batch_size: int = 8
     """Windows in one forward pass."""
     benchmarks: bool = False
-    """Run lm-eval instead (pip install lm_eval; its tasks come from the hub)."""
+    """Run lm-eval instead (pip install 'lm_eval[hf]'; its tasks come from the hub)."""
     tasks: tuple[str, ...] = ()
     """With --benchmarks: these tasks of lm-eval, without examples in the prompt, instead of the cards' suite."""
     include_path: Path | None = None

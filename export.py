@@ -187,6 +187,27 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]):
 
 
 @torch.no_grad()
+def check_logits(folder: Path, model: Llama) -> str | None:
+    """Compare transformers' logits of a folder with those of `model`, both in FP32: what was found, in words.
+
+    None where transformers is not installed. Raises BadInput where they differ by more than TOLERANCE.
+    """
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    input_ids = torch.randint(model.config.vocab_size, (2, min(128, model.config.max_position_embeddings)),
+                              generator=torch.Generator().manual_seed(0))
+    difference = float((theirs(input_ids).logits - model(input_ids)[0]).abs().max())
+    if not difference <= TOLERANCE:  # so written, NaN is refused too
+        raise BadInput(f"transformers {transformers.__version__} makes other logits of {folder}: they differ by "
+                       f"{difference:.2g}, more than {TOLERANCE:g}")
+    return f"read with transformers {transformers.__version__}, whose logits differ by {difference:.1g} at most"
+
+
 def check_hf(folder: Path, model: Llama, tokens: Tokenizer) -> str:
     """Read the folder with transformers, and compare with `model` in FP32 and with `tokens`; what was found, in words.
 
@@ -196,28 +217,19 @@ def check_hf(folder: Path, model: Llama, tokens: Tokenizer) -> str:
     names = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if {name: tuple(tensor.shape) for name, tensor in exported.items()} != names:
         raise BadInput(f"{folder / 'model.safetensors'} was not written as it should be; is the disk sound?")
-    try:
-        import transformers
-    except ImportError:
+    rounded = Llama(model.config)
+    rounded.load_state_dict({name: tensor.float() for name, tensor in exported.items()}, strict=False)
+    found = check_logits(folder, rounded)
+    if found is None:
         return "names and shapes checked; pip install transformers, and its logits are compared too"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    ours = Llama(model.config).eval()
-    ours.load_state_dict({name: tensor.float() for name, tensor in exported.items()}, strict=False)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(model.config.vocab_size, (2, min(128, model.config.max_position_embeddings)),
-                              generator=generator)
-    difference = float((theirs(input_ids).logits - ours(input_ids)[0]).abs().max())
-    if not difference <= TOLERANCE:  # so written, NaN is refused too
-        raise BadInput(f"transformers {transformers.__version__} makes other logits of the export: they differ by "
-                       f"{difference:.2g}, more than {TOLERANCE:g}")
+    from transformers import AutoTokenizer
+
     # What the folder holds is our own code, written a moment ago.
-    loaded = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids, wanted = loaded(SAMPLE, add_special_tokens=False)["input_ids"], tokens.encode(SAMPLE).tolist()
     if ids != wanted or loaded.decode(ids) != tokens.decode(wanted):
-        raise BadInput(f"transformers {transformers.__version__} makes other tokens of a text than {tokens.name} does")
-    return f"read back with transformers {transformers.__version__}: logits differ by {difference:.1g} at most"
+        raise BadInput(f"transformers makes other tokens of a text than {tokens.name} does")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------

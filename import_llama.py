@@ -17,7 +17,7 @@ import torch
 import checkpoint
 import tokenizer
 from config import BadInput
-from export import TOLERANCE, new_folder
+from export import check_logits, new_folder
 from model import Llama, ModelConfig
 
 FILES = ["*.json", "*.safetensors", "*.vocab", "pytorch_model*.bin"]
@@ -139,28 +139,6 @@ def fill(model: Llama, weights: dict[str, torch.Tensor], folder: Path):
         p.copy_(weights[name])
 
 
-@torch.no_grad()
-def compare(model: Llama, folder: Path) -> str:
-    """Compare the logits with those that transformers computes from the same folder; what was found, in words.
-
-    Raises BadInput where they differ.
-    """
-    try:
-        import transformers
-    except ImportError:
-        return "names and shapes fit; pip install transformers, and the logits are compared too"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    input_ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.max_position_embeddings)),
-                              generator=torch.Generator().manual_seed(0))
-    difference = float((theirs(input_ids).logits - model(input_ids)[0]).abs().max())
-    if not difference <= TOLERANCE:
-        raise BadInput(f"{folder}: transformers {transformers.__version__} makes other logits of it: they differ by "
-                       f"{difference:.2g}")
-    return f"logits differ from those of transformers {transformers.__version__} by {difference:.1g} at most"
-
-
 def find_vocabulary(folder: Path, asked: str | None) -> Path:
     """The vocabulary's file: what is asked for, or tokenizer.json or a .vocab file of the folder.
 
@@ -185,7 +163,7 @@ def import_llama(name: str, out: Path, vocabulary_name: str | None):
     weights, remarks = plain_names(read_weights(folder), config.tie_word_embeddings)
     model = Llama(config)
     fill(model, weights, folder)
-    found = compare(model, folder) if not remarks else "names and shapes fit"
+    found = None if remarks else check_logits(folder, model)  # what needs a remark transformers loads as something else
     source = find_vocabulary(folder, vocabulary_name)
     vocabulary = tokenizer.load(vocabulary_name or source)
     if vocabulary.vocab_size > config.vocab_size:
@@ -204,5 +182,6 @@ def import_llama(name: str, out: Path, vocabulary_name: str | None):
         shutil.copyfile(source, run / file)
     for remark in remarks:
         print(f"note: {remark}")
-    print(f"{name} -> {out}: {model.num_parameters():,} parameters, vocabulary {vocabulary.name}; {found}")
+    print(f"{name} -> {out}: {model.num_parameters():,} parameters, vocabulary {vocabulary.name}; "
+          f"{found or 'names and shapes fit'}")
     print(f"  python sample.py --checkpoint {out} --prompt \"...\"      python train.py config/... --init_from {out}")

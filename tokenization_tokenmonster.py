@@ -60,9 +60,9 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         A line end with an open delete mark keeps the mark: TextStreamer forgets what it has when a text ends in
         "\\n", and the space that the mark is to delete would begin the next line. No whole text ends so.
         """
-        text, ids = [], []
+        text, ids, special = [], [], set(self.all_special_tokens)
         for token in [*tokens, None]:
-            if token in self.ids and token not in self.all_special_tokens:
+            if token in self.ids and token not in special:
                 ids.append(self.ids[token])
             else:
                 text += [self.vocabulary.decode(ids), token or ""]

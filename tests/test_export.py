@@ -165,7 +165,7 @@ def test_round_trip(rng, command, tmp_path, shape, caplog):
     model = llama(rope_theta=theta, rms_norm_eps=eps, **shape)
     save(tmp_path / "run", model)
     code, out, err = command("--checkpoint", "run", "--out", "hf")
-    assert code == 0 and err == "" and f"read back with transformers {transformers.__version__}" in out
+    assert code == 0 and err == "" and f"read with transformers {transformers.__version__}" in out
     assert names(tmp_path / "hf") == EXACT_FILES and sorted(os.listdir()) == ["hf", "run"]
     assert all(name in out for name in EXACT_FILES)
 
@@ -447,12 +447,15 @@ def greedy(model, prompt, count):
 
 @pytest.mark.parametrize("form", ["hf", "plain/hf"])
 def test_pipeline(exported, form):
-    """pipeline("text-generation") continues a prompt as sample.py's generate does."""
+    """pipeline("text-generation") continues a prompt as sample.py's generate does.
+
+    Version 4 asks the tokenizer to take spaces out before punctuation, whatever its own settings say.
+    """
     model, _ = checkpoint.load_model(checkpoint.find(exported / "out/tiny"))
     generate = transformers.pipeline("text-generation", model=str(exported / form), device="cpu",
                                      trust_remote_code=form == "hf")
     ids = generate.tokenizer("def read(self")["input_ids"]
-    made = generate("def read(self", max_new_tokens=12, do_sample=False)
+    made = generate("def read(self", max_new_tokens=12, do_sample=False, clean_up_tokenization_spaces=False)
     wanted = generate.tokenizer.decode(ids + greedy(model, ids, 12), skip_special_tokens=True)
     assert made == [{"generated_text": wanted}]
 
@@ -641,7 +644,7 @@ def test_import(rng, command, tmp_path, shape, stored, in_process):
     assert len(list(folder.glob("*.safetensors"))) == files.get(stored, 1)
     with_tokenizer(folder)
     code, out, err = command("--from", "theirs", "--out", "out/theirs")
-    assert code == 0 and err == "" and "note:" not in out and "logits differ from those of transformers" in out
+    assert code == 0 and err == "" and "note:" not in out and "logits differ by" in out
     loaded, state = checkpoint.load_model(checkpoint.find(Path("out/theirs"), "best"))
     weights = dict(model.named_parameters())
     assert all(torch.equal(p, weights.pop(name).float()) for name, p in loaded.named_parameters()) and not weights
