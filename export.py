@@ -139,7 +139,7 @@ def segmented(tokens: Tokenizer, form: str | None) -> Tokenizer:
 def remote_code() -> str:
     """tokenization_tokenmonster.py with vocabulary.py in the place of its import: one file that needs no other."""
     source = (HERE / "tokenization_tokenmonster.py").read_text(encoding="utf-8")
-    before, line, after = source.partition("from vocabulary import TokenMonster\n")
+    before, line, after = source.partition("from vocabulary import COMPLETE_DELETE, TokenMonster\n")
     whole = (HERE / "vocabulary.py").read_text(encoding="utf-8")
     return f"{before}# {'-' * 77}\n# vocabulary.py\n\n{whole}\n\n# {'-' * 77}\n# transformers\n{after}"
 
@@ -222,13 +222,13 @@ def check_hf(folder: Path, model: Llama, tokens: Tokenizer) -> str:
     found = check_logits(folder, rounded)
     if found is None:
         return "names and shapes checked; pip install transformers, and its logits are compared too"
-    from transformers import AutoTokenizer
+    import transformers
 
     # What the folder holds is our own code, written a moment ago.
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids, wanted = loaded(SAMPLE, add_special_tokens=False)["input_ids"], tokens.encode(SAMPLE).tolist()
     if ids != wanted or loaded.decode(ids) != tokens.decode(wanted):
-        raise BadInput(f"transformers makes other tokens of a text than {tokens.name} does")
+        raise BadInput(f"transformers {transformers.__version__} makes other tokens of a text than {tokens.name} does")
     return found
 
 

@@ -10,7 +10,7 @@ import shutil
 
 from transformers import PreTrainedTokenizer
 
-from vocabulary import TokenMonster
+from vocabulary import COMPLETE_DELETE, TokenMonster
 
 FILE = "tokenmonster.vocab"
 
@@ -61,15 +61,15 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         "\\n", and the space that the mark is to delete would begin the next line. No whole text ends so.
         """
         text, ids, special = [], [], set(self.all_special_tokens)
-        for token in [*tokens, None]:
+        for token in tokens:
             if token in self.ids and token not in special:
                 ids.append(self.ids[token])
             else:
-                text += [self.vocabulary.decode(ids), token or ""]
+                text += [self.vocabulary.decode(ids), token]
                 ids = []
-        if tokens and tokens[-1] in self.ids and self.vocabulary.pieces[self.ids[tokens[-1]]].endswith(b"\n\x7f"):
-            text.append("\x7f")
-        return "".join(text)
+        data = b"".join(self.vocabulary.pieces[id_] for id_ in ids)
+        open_line = self.vocabulary.marks and COMPLETE_DELETE.sub(b"", data).endswith(b"\n\x7f")
+        return "".join([*text, self.vocabulary.decode(ids), "\x7f" if open_line else ""])
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
         path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + FILE)

@@ -241,7 +241,7 @@ def spoil_code(patch, was, becomes):
     (partial(spoil_config, rope_theta=99.0, rope_parameters={"rope_type": "default", "rope_theta": 99.0}), "logits"),
     (partial(spoil_config, rms_norm_eps=0.5), "logits"), (partial(spoil_config, hidden_act="relu"), "logits"),
     (partial(spoil_code, was="self.vocabulary.encode(text)", becomes="self.vocabulary.encode(text)[::-1]"), "tokens"),
-    (partial(spoil_code, was='token or ""]', becomes='token or "."]'), "tokens"),
+    (partial(spoil_code, was='"\\x7f" if open_line else ""', becomes='"."'), "tokens"),
 ], ids=["rope_theta", "rms_norm_eps", "hidden_act", "encode", "decode"])
 def test_what_is_not_the_same_is_not_kept(rng, command, exported, tmp_path, monkeypatch, spoil, word):
     """An export from which transformers makes another model or other tokens is refused, and nothing is left of it."""
@@ -469,7 +469,8 @@ def test_generate(rng, exported):
     ids = [QUICK.encode(text).tolist() for text in prompts]
     made = theirs.generate(**tokens(prompts, padding=True, return_tensors="pt"), max_new_tokens=20, do_sample=False)
     assert [row[-20:] for row in made.tolist()] == [greedy(model, row, 20) for row in ids]
-    assert tokens.batch_decode(made[:, -20:], skip_special_tokens=True) == [QUICK.decode(row[-20:]) for row in made]
+    texts = tokens.batch_decode(made[:, -20:], skip_special_tokens=True)
+    assert [text.removesuffix("\x7f") for text in texts] == [QUICK.decode(row[-20:]) for row in made]
 
 
 def streamed(theirs, ids):
@@ -492,9 +493,9 @@ def test_streamer(rng, exact):
     drawn = [ours.encode(any_text(rng)).tolist() for _ in range(100)]
     drawn += [[rng.randrange(ours.vocab_size) for _ in range(60)] for _ in range(20)]
     for ids in drawn:
-        while ids and ids[-1] in open_lines(ours):  # see the next test
-            ids.pop()
-        assert streamed(theirs, ids) == theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), ids
+        shown = streamed(theirs, ids)
+        assert shown == theirs.decode(ids, skip_special_tokens=True), ids
+        assert shown.removesuffix("\x7f") == ours.decode(ids), ids  # of an open mark see the next test
 
 
 def test_streamer_after_a_line(rng, exact):
@@ -516,7 +517,8 @@ def test_streamer_of_generate(rng, exported):
     inputs, streamer = tokens("Once upon a time", return_tensors="pt"), TextIteratorStreamer(tokens, skip_prompt=True)
     made = theirs.generate(**inputs, max_new_tokens=60, do_sample=False, streamer=streamer)
     new = made[0, inputs["input_ids"].size(1):].tolist()
-    assert "".join(streamer) == tokens.decode(new) == QUICK.decode(new) and len(new) == 60
+    shown = "".join(streamer)
+    assert shown == tokens.decode(new) and shown.removesuffix("\x7f") == QUICK.decode(new) and len(new) == 60
 
 
 def test_assistant(rng, exported, command):
