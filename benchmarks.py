@@ -154,9 +154,13 @@ def run(step_dir: Path, model: Llama, vocabulary: Tokenizer, options, device: ba
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BadInput(f"--benchmarks needs {error.name}: pip install 'lm_eval[hf]'") from error
+    if options.include_path and not options.include_path.is_dir():
+        raise BadInput(f"--include_path {options.include_path} is no folder")
     manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
     blocks = suite(options, manager)
-    folder = step_dir.parent / "benchmarks" / step_dir.name / (f"first_{options.limit}" if options.limit else "")
+    kinds = {options.dtype: options.dtype != "float32", f"first_{options.limit}": options.limit}
+    folder = checkpoint.run_dir(step_dir) / "benchmarks" / step_dir.name
+    folder = folder.joinpath(*(name for name, differs in kinds.items() if differs))
     folder.mkdir(parents=True, exist_ok=True)
     exported, failed, subject = folder / "model", [], None
     try:
@@ -180,6 +184,10 @@ def run(step_dir: Path, model: Llama, vocabulary: Tokenizer, options, device: ba
             except Exception as error:  # whatever it is, the other blocks are still worth having
                 failed.append(block)
                 print(f"{block} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+                continue
+            if not all(score_rows(answer["results"].get(task, {}), task, shots) for task in tasks):
+                failed.append(block)
+                print(f"{block} failed: lm-eval gives it no score of its own; name the tasks that it is made of")
                 continue
             checkpoint.replace(path, (json.dumps(answer["results"], indent=2, sort_keys=True) + "\n").encode())
     finally:

@@ -120,6 +120,11 @@ def find(path: Path, which: str = "latest") -> Path:
     return step_dir
 
 
+def run_dir(step_dir: Path) -> Path:
+    """The run that a step directory is of; itself where it stands alone, as an export does."""
+    return step_dir.parent if (step_dir.parent / "latest").is_file() else step_dir
+
+
 def newest_run(out: Path = Path("out")) -> Path:
     """The run under out/ that was saved last. Raises BadInput where there is none."""
     pointers = sorted(out.glob("*/latest"), key=lambda pointer: pointer.stat().st_mtime)

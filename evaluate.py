@@ -34,6 +34,10 @@ from train import read_metrics
 from vocabulary import Tokenizer
 
 
+LONGEST = 4096  # tokens that a model of transformers sees at once: some could see more than memory holds
+AT_ONCE = 2**27  # logits in one forward pass, half a GB of them in FP32
+
+
 @dataclass
 class Options:
     """Evaluate a model."""
@@ -157,13 +161,22 @@ class Subject:
 
     logits    input_ids (B, T) -> (B, T, V)
     encode    a document -> its ids (n,), and how many bytes of its text they write down
+    decode    ids -> text
+    rows      V
     """
 
     name: str
     logits: Callable
     encode: Callable
+    decode: Callable
     eos_id: int
     context: int
+    rows: int
+
+    def window(self, options: Options) -> tuple[int, int]:
+        """Tokens that it sees at once here, and tokens from one window to the next."""
+        block_size = min(options.block_size or self.context, self.context)
+        return block_size, min(options.stride or block_size, block_size)
 
 
 def ours(step_dir: Path, model: Llama, vocabulary: Tokenizer) -> Subject:
@@ -174,12 +187,15 @@ def ours(step_dir: Path, model: Llama, vocabulary: Tokenizer) -> Subject:
         ids, dropped = vocabulary.encode_counted(document.text)
         return ids, len(document.text.encode()) - dropped
 
-    return Subject(str(step_dir), lambda input_ids: model(input_ids)[0], encode, vocabulary.eos_id,
-                   model.config.max_position_embeddings)
+    return Subject(str(step_dir), lambda input_ids: model(input_ids)[0], encode, vocabulary.decode, vocabulary.eos_id,
+                   model.config.max_position_embeddings, model.config.vocab_size)
 
 
 def theirs(name: str, trust_remote_code: bool, device: torch.device) -> Subject:
-    """A causal model of transformers. Raises BadInput where it cannot be loaded."""
+    """A causal model of transformers, its context cut to LONGEST. Documents follow its eos, as with ours.
+
+    Raises BadInput where it cannot be loaded, or is not causal.
+    """
     try:
         import transformers
     except ImportError:
@@ -202,8 +218,17 @@ def theirs(name: str, trust_remote_code: bool, device: torch.device) -> Subject:
         ids = tokens(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         return np.array(ids, np.int64), len(document.text.encode()) if document.size is None else document.size
 
-    return Subject(name, lambda input_ids: model(input_ids=input_ids).logits, encode, eos_id,
-                   getattr(model.config, "max_position_embeddings", 1024))
+    def logits(input_ids):
+        return model(input_ids=input_ids).logits
+
+    # transformers takes an encoder for a causal model too: one that has seen the answers.
+    probe = torch.tensor([[eos_id] * 8, [eos_id] * 7 + [0 if eos_id else 1]], device=device)
+    with torch.no_grad():
+        one, other = logits(probe)[:, :-1]
+    if not torch.allclose(one, other, atol=1e-3, rtol=1e-3):
+        raise BadInput(f"{name} is not a causal model: what it expects depends on the tokens that follow")
+    return Subject(name, logits, encode, lambda ids: tokens.decode(ids, clean_up_tokenization_spaces=False), eos_id,
+                   min(getattr(model.config, "max_position_embeddings", 1024), LONGEST), one.size(-1))
 
 
 def held_out(data_dir: Path, names: list[str], vocabulary: Tokenizer) -> dict[str, list[Document]]:
@@ -247,16 +272,23 @@ def evaluate(subject: Subject, documents: list[Document], options: Options,
 
     The end of a document counts as a token, and as no byte. Raises BadInput where nothing of them (`name`) is left.
     """
-    block_size = min(options.block_size or subject.context, subject.context)
-    stride = min(options.stride or block_size, block_size)
+    block_size, stride = subject.window(options)
+    batch_size = max(1, min(options.batch_size, AT_ONCE // (block_size * subject.rows)))
     encoded = [subject.encode(document) for document in documents]
     size = sum(size for _, size in encoded)
     if not size:
         raise BadInput(f"{name} holds nothing that the vocabulary of {subject.name} can write")
     ids = np.concatenate([[subject.eos_id], *(part for ids, _ in encoded for part in (ids, [subject.eos_id]))])
     with device.autocast():
-        losses = token_losses(subject.logits, ids, block_size, stride, options.batch_size, device.device)
+        losses = token_losses(subject.logits, ids, block_size, stride, batch_size, device.device)
     return figures(losses, size, block_size)
+
+
+def comes_back(subject: Subject, document: Document) -> bool:
+    """Whether a model's tokens hold all of a text but white space; accents may stand apart from their letters."""
+    one, other = (unicodedata.normalize("NFC", text) for text in
+                  (document.text, subject.decode(subject.encode(document)[0])))
+    return "".join(one.split()) == "".join(other.split())
 
 
 def first_blocks(documents: list[Document], subject: Subject, count: int) -> list[Document]:
@@ -331,6 +363,7 @@ def compare(runs: list[Path], picture: Path):
         axes.set(xlabel=label, xscale="log", ylabel="held-out bits per byte")
         axes.grid(alpha=0.3)
     axes.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, format="png", dpi=110)
     print(f"{picture} shows them")
 
@@ -355,16 +388,19 @@ def main(argv: list[str]):
         documents = held_out(data_dir, [] if options.data_dir else list(sources), vocabulary)
     if options.max_blocks:
         documents = {name: first_blocks(texts, subject, options.max_blocks) for name, texts in documents.items()}
-    if options.stride and options.stride < (options.block_size or subject.context):
-        print(f"windows move by {options.stride} tokens: lower figures than in training, where they do not overlap")
     for subject in [subject, *([theirs(options.hf, options.trust_remote_code, device.device)] if options.hf else [])]:
         rows = {name: evaluate(subject, texts, options, device, name) for name, texts in documents.items()}
         if len(rows) > 1 and rows.keys() == sources.keys():
             rows["mixed as in training"] = mixture(rows, sources)
         show(subject.name, rows)
-    dropped = sum(vocabulary.count_dropped(document.text) for texts in documents.values() for document in texts)
-    if dropped:
-        print(f"{dropped:,} bytes of the text have no token in {vocabulary.name}, and are no part of its figures")
+        block_size, stride = subject.window(options)
+        if stride < block_size:
+            print(f"  windows of {block_size:,} tokens move by {stride:,}: lower figures than in training, where they "
+                  f"do not overlap")
+        whole = [comes_back(subject, document) for texts in documents.values() for document in texts]
+        if not all(whole):
+            print(f"  {whole.count(False):,} of {len(whole):,} documents do not come back whole from its tokenizer: "
+                  f"what is lost costs it nothing")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@
     python export.py --out out/NAME --from FOLDER_OR_HUB_NAME           somebody's Llama, imported (import_llama.py)
 
 Our weights carry Hugging Face's names and its order of rotary pairs, so most of this is writing down, in the words of
-each program, what config.json and the vocabulary already say. What is written is then read back by the program that it
-is for, where that is installed, and compared with the model it was made of; a folder that does not agree is not kept.
+each program, what config.json and the vocabulary already say. What is written is then read back, for transformers and
+ONNX by the program itself where it is installed, and compared with the model; a folder that does not agree is not kept.
 """
 
 import contextlib
+import copy
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,12 +60,17 @@ class Options:
     """Exact: the ids that the model was trained on, from TokenMonster's search, by code of ours that transformers must
     be allowed to run. Portable: a plain tokenizer.json (portable.py). If None, what the model was trained with; gguf
     and onnx, whose programs cannot run our code, portable."""
-    license: str = "apache-2.0"
-    """Licence that the model card names. It is yours to choose, and depends on the training data too."""
+    license: str | None = None
+    """Licence that the model card names, as the hub abbreviates it (apache-2.0). The training data have a say in it."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """A folder, or OWNER/NAME on the hub, of a Llama to import: nothing is exported then."""
     vocabulary: str | None = None
     """With --from: the vocabulary of a model whose folder does not hold it, by name or path."""
+
+    def __post_init__(self):
+        """Raises ValueError, in one line, for a licence that is no abbreviation."""
+        if self.license is not None and not re.fullmatch(r"[\w.-]+", self.license):
+            raise ValueError(f"license is {self.license!r}; give an abbreviation such as apache-2.0")
 
 
 @contextlib.contextmanager
@@ -71,14 +79,13 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises BadInput where there is something at `out`.
     """
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
+    if out.exists() and not out.is_dir() or out.is_dir() and any(out.iterdir()):
         raise BadInput(f"{out} is there already, and not empty; delete it or choose another --out")
     target = out.resolve()
     if target == Path.cwd() or any(parent.is_file() for parent in target.parents):
         raise BadInput(f"{out} cannot be made: it is the directory that you are in, or in a file")
     above = next(parent for parent in target.parents if parent.is_dir())  # on the same disk, with nothing made but this
-    partial = above / f"{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = above / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir()
     try:
         yield partial
@@ -198,7 +205,11 @@ def check_logits(folder: Path, model: Llama) -> str | None:
         return None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    except Exception as error:  # of whatever library it goes wrong in
+        raise BadInput(f"transformers {transformers.__version__} does not load {folder}: {type(error).__name__}: "
+                       f"{' '.join(str(error).split())[:300]}") from error
     input_ids = torch.randint(model.config.vocab_size, (2, min(128, model.config.max_position_embeddings)),
                               generator=torch.Generator().manual_seed(0))
     difference = float((theirs(input_ids).logits - model(input_ids)[0]).abs().max())
@@ -244,6 +255,7 @@ def write_int8(folder: Path, model: Llama, state: dict, tokens: Tokenizer, dtype
     """
     trained = tuple(state["config"].get("int8_linears", ()))
     linears = trained or ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model = copy.deepcopy(model)
     quant_t4.apply_t4_recipe(model, linears)
     tensors = weights(model, getattr(torch, dtype))
     for name, (integers, scale) in quant_t4.quantize_for_export(model).items():
@@ -252,7 +264,7 @@ def write_int8(folder: Path, model: Llama, state: dict, tokens: Tokenizer, dtype
     file = "tokenmonster.vocab" if isinstance(tokens, TokenMonster) else "tokenizer.json"
     (folder / file).write_bytes(tokens.data)
     config = state["config"] | {"tokenizer": file, "tokenizer_segmentation": "exact"}
-    write_json(folder / "state.json", state | {"config": config})
+    write_json(folder / "state.json", state | {"config": config, "rounded_to_int8": True})
     integers = [tensor for tensor in tensors.values() if tensor.dtype == torch.int8]
     return (f"{len(integers)} weights in INT8, {sum(t.numel() for t in integers) / model.num_parameters():.0%} of the "
             f"parameters" + ("" if trained else "; the model was not trained for it (--int8_linears)"))
@@ -292,7 +304,7 @@ def export(options: Options):
             found = write_int8(folder, model, state, tokens, options.dtype)
         card = model_card(step_dir, model, state, tokens, exported, options.format, options.dtype, options.license)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        curves = step_dir.parent / "curves.png"
+        curves = checkpoint.run_dir(step_dir) / "curves.png"
         if curves.is_file():
             shutil.copyfile(curves, folder / "curves.png")
         files = sorted(path for path in folder.rglob("*") if path.is_file())

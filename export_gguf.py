@@ -146,5 +146,10 @@ def write_gguf(folder: Path, model: Llama, name: str, tokens: Tokenizer, dtype: 
 
     read = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             for tensor in gguf.GGUFReader(path).tensors}
-    error = max(float(np.abs(read[name] - weight.numpy()).max()) for name, weight in written.items())
+    error, largest = 0.0, {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 1 / 127}[kind]  # of a tensor's largest
+    for name, weight in written.items():
+        difference = float(np.abs(read[name] - weight.numpy()).max())
+        if not difference <= largest * float(weight.abs().max()):  # so written, NaN is refused too
+            raise BadInput(f"{name} differs by {difference:.2g} in {kind}: too much for it; use --dtype float32")
+        error = max(error, difference)
     return f"{len(read)} tensors, {len(texts):,} tokens; read back, no weight differs by more than {error:.1g}"

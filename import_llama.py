@@ -65,6 +65,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in names if name not in theirs]:
         raise BadInput(f"{folder / 'config.json'} does not say what {missing[0]} is")
+    if odd := [name for name in names if type(theirs[name]) is not int]:
+        raise BadInput(f"{folder / 'config.json'} says that {odd[0]} is {theirs[odd[0]]!r}")
     try:
         return ModelConfig(
             **{name: theirs[name] for name in names},
@@ -80,7 +82,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder, from its safetensors files or else from PyTorch's own. Raises BadInput without any."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    whole, shards = folder / "model.safetensors", sorted(folder.glob("model-*-of-*.safetensors"))
+    files = [whole] if whole.is_file() else shards or sorted(folder.glob("*.safetensors"))
     if files:
         return {name: tensor for file in files for name, tensor in checkpoint.read_tensors(file).items()}
     files = sorted(folder.glob("pytorch_model*.bin"))

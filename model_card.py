@@ -10,11 +10,15 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 from model import Llama, count_parameters, memory_table
 from sample import generate, prompt_ids
 from prepare import duration
 from train import read_metrics
 from vocabulary import Tokenizer, TokenMonster
+
+MARKS = """It also writes delete marks, of which llama.cpp knows nothing: remove each character 0x7F, and the space
+after it (in Python: `text.replace("\\x7f ", "")`)."""
 
 PROMPTS = ("", "The history of", "def read(", "1 + 1 =")
 ROWS = 12  # of the loss history, at most
@@ -30,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
-inputs = tokenizer("The history of", return_tensors="pt")
+inputs = tokenizer(tokenizer.bos_token + "The history of", return_tensors="pt")  # documents begin so in training
 ids = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.8, top_p=0.9)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 ```""",
@@ -146,7 +150,8 @@ def training(state: dict) -> str:
 
 def history(step_dir: Path, state: dict) -> str:
     """Held-out loss, perplexity and bits per byte over the run up to this checkpoint, or "" where none was measured."""
-    metrics = read_metrics(step_dir.parent / "metrics.jsonl", state["step"])
+    run = checkpoint.run_dir(step_dir)
+    metrics = read_metrics(run / "metrics.jsonl", state["step"])
     evaluations = [entry for entry in metrics if "val_loss" in entry]
     if not evaluations:
         return ""
@@ -156,13 +161,13 @@ def history(step_dir: Path, state: dict) -> str:
     text = ("On held-out documents of the training sources, mixed as in training. Loss and perplexity are of a token, "
             "and cannot be compared between vocabularies; bits per byte can, on the same text.\n\n"
             + table(("step", "loss (nats per token)", "perplexity", "bits per byte"), rows))
-    if (step_dir.parent / "curves.png").is_file():
+    if (run / "curves.png").is_file():
         text += "\n\n![Loss and perplexity over the run](curves.png)"
     return text
 
 
 def model_card(step_dir: Path, model: Llama, state: dict, tokens: Tokenizer, exported: Tokenizer, format: str,
-               dtype: str, license: str) -> str:
+               dtype: str, license: str | None) -> str:
     """The Markdown of a card.
 
     step_dir, model, state    the checkpoint; the samples are drawn from `model` here and now
@@ -175,24 +180,29 @@ def model_card(step_dir: Path, model: Llama, state: dict, tokens: Tokenizer, exp
     if format == "hf" and exact:
         load += f"\n\n{EXACT_TOKENIZER}"
     elif exported is not tokens:
-        load += f"\n\n{READ_PORTABLY}"
+        load += f"\n\n{READ_PORTABLY}" + (f"\n\n{MARKS}" if format == "gguf" and tokens.marks else "")
     origin = (f"It was imported from {state['imported_from']}, where its training is described."
               if "imported_from" in state else
               f"It was trained with nanoStentor, beginning with the weights of {state['config']['init_from']}."
               if state["config"].get("init_from") else "It was trained from scratch with nanoStentor.")
-    reached = (f"It reaches {state['bits_per_byte']:.4f} bits per byte on held-out text." if "bits_per_byte" in state
-               else "")
-    drawn = ("Drawn when this card was written, at temperature 0.8, top-p 0.9 and a repetition penalty of 1.1; the "
-             "first seed, not the best.")
+    as_trained = exported is tokens and dtype == "float32" and format != "int8"
+    subject = "It" if as_trained else "In FP32, with the tokenizer that it was trained with, it"
+    reached = (f"{subject} reaches {state['bits_per_byte']:.4f} bits per byte on held-out text."
+               if "bits_per_byte" in state else "")
+    drawn = ("Drawn from the checkpoint when this card was written" + ("" if as_trained else ", in FP32 and with the "
+             "tokenizer that it was trained with") + "; at temperature 0.8, top-p 0.9 and a repetition penalty of 1.1, "
+             "the first seed and not the best.")
     sections = [("How to load it", load), ("What it writes", f"{drawn}\n\n{samples(model, tokens)}"),
                 ("Architecture", architecture(model, tokens))]
-    if "imported_from" not in state:
+    if "tokens_per_step" in state["config"]:
         sections += [("Training", training(state)), ("Evaluation", history(step_dir, state))]
     sections += [("Use and limits", LIMITS),
-                 ("Licence", f"{license}. The training text has licences of its own.")]
+                 ("Licence", f"{license or 'Not stated'}. The training text has licences of its own.")]
     library, form = FORMS[format]
-    front = (f"---\nlicense: {license}\nlibrary_name: {library}\npipeline_tag: text-generation\n"
-             f"tags:\n- llama\n- nanostentor\n---\n")
+    front = ("---\n" + (f"license: {license}\n" if license else "")
+             + f"library_name: {library}\npipeline_tag: text-generation\ntags:\n- llama\n- nanostentor\n---\n")
+    if state.get("rounded_to_int8") and format != "int8":
+        origin += " Its weights have been rounded to INT8 since."
     title = (f"# {name}\n\nA base language model of {model.num_parameters():,} parameters, {form.format(dtype)}. "
              f"{origin} {reached}".rstrip())
     return "\n\n".join([front + "\n" + title, *(f"## {head}\n\n{text}" for head, text in sections if text)]) + "\n"

@@ -176,7 +176,7 @@ def main(argv: list[str]):
         print(text, file=sys.stderr, flush=True)
 
     bits = f", {state['bits_per_byte']:.4f} bits per byte held out" if "bits_per_byte" in state else ""
-    curves = step_dir.parent / "curves.png"
+    curves = checkpoint.run_dir(step_dir) / "curves.png"
     note(f"[{step_dir}: {model.num_parameters():,} parameters, {state['step']:,} steps{bits}"
          + (f"; curves in {curves}]" if curves.is_file() else "]"))
     with device.autocast():

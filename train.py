@@ -133,7 +133,11 @@ def earlier_checkpoint(config: Config) -> Path | None:
     if not (config.out_dir / "latest").exists():
         return None
     if config.resume:
-        return checkpoint.find(config.out_dir)
+        step_dir = checkpoint.find(config.out_dir)
+        if "imported_from" in checkpoint.read_state(step_dir):
+            raise BadInput(f"{config.out_dir} was imported, and has nothing to resume; begin another run with it: "
+                           f"--init_from {config.out_dir} --name another")
+        return step_dir
     if config.overwrite:
         return None
     raise BadInput(f"{config.out_dir} holds a run already: add --resume to go on with it, --name another to keep it, "
@@ -141,7 +145,9 @@ def earlier_checkpoint(config: Config) -> Path | None:
 
 
 def shaped_like(config: Config, step_dir: Path, vocabulary: Tokenizer) -> Config:
-    """The config with the model of a checkpoint to begin with (--init_from).
+    """The config with the shape of the model of a checkpoint to begin with (--init_from).
+
+    What is no shape (FP32 blocks, how weights would have been drawn) stays the config's.
 
     Raises BadInput where that was trained with another vocabulary, or its context is shorter than a block.
     """
@@ -150,7 +156,9 @@ def shaped_like(config: Config, step_dir: Path, vocabulary: Tokenizer) -> Config
         raise BadInput(f"{step_dir} was trained with another vocabulary than {vocabulary.name}: prepare the data with "
                        f"its own (--tokenizer, and another --data_dir), and train with that")
     try:
-        return replace(config, model=ModelConfig(**state["config"]["model"]))
+        theirs = asdict(ModelConfig(**state["config"]["model"]))
+        ours = ("initializer_range", "scale_residual_init", "fp32_norms", "fp32_blocks")
+        return replace(config, model=replace(config.model, **{k: v for k, v in theirs.items() if k not in ours}))
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"cannot begin with {step_dir}: {error}") from error
 
@@ -252,9 +260,12 @@ def main(argv: list[str]):
         raise BadInput(f"{config.data_dir} was prepared with another vocabulary than {vocabulary.name}; "
                        f"give --tokenizer and --tokenizer_segmentation as there")
     device = backend.pick(config.backend, config.dtype)
-    beginning = checkpoint.find(config.init_from, "best") if config.init_from else None
+    resumed = earlier_checkpoint(config)
+    beginning = resumed or checkpoint.find(config.init_from, "best") if config.init_from else None
     if beginning:
         config = shaped_like(config, beginning, vocabulary)
+        if not resumed and config.out_dir.resolve() in beginning.resolve().parents:
+            raise BadInput(f"{beginning} would be deleted by the run that begins with it; choose another --name")
 
     # The model and the optimizer
     torch.manual_seed(config.seed)
@@ -269,7 +280,6 @@ def main(argv: list[str]):
     scaler = device.scaler()
 
     # Where to start
-    resumed = earlier_checkpoint(config)
     state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "int8_product": None}
     longest = config.max_steps
     if beginning and not resumed:
@@ -314,12 +324,17 @@ def main(argv: list[str]):
     metrics = open_run(config, state["step"]) if device.rank == 0 else []
 
     def log(entry: dict):
-        if tracker:
-            tracker.log(entry, step=entry["step"])
+        nonlocal tracker
         if device.rank == 0:
             metrics.append(entry)
             with (config.out_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+        try:
+            if tracker:
+                tracker.log(entry, step=entry["step"])
+        except Exception as error:  # its server, its network: no reason to end a run
+            print(f"--tracker {config.tracker} has failed, and is left out from here on: {error}", flush=True)
+            tracker = None
 
     # Ctrl-C and SIGTERM ask for a stop, and the loop answers between two steps. A second Ctrl-C does not wait; but one
     # process of several does not leave the others in the middle of a step.

@@ -359,7 +359,7 @@ def test_refusals(command, tmp_path, rng, monkeypatch):
     save(tmp_path, "exact")
     before = files(tmp_path)
     refused(command("--tasks", "no_such_task"), "no task or group no_such_task", "--include_path")
-    refused(command("--tasks", "local_choice", "--include_path", "nowhere"), "local_choice")
+    refused(command("--tasks", "local_choice", "--include_path", "nowhere"), "nowhere is no folder")
     refused(command("--limit", 0), "limit")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     refused(command(), "needs lm_eval", "pip install")

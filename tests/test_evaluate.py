@@ -310,8 +310,8 @@ def test_stride(command, shown, tmp_path, rng):
     rows = {}
     for stride in (None, 1, 5, CONTEXT, CONTEXT + 9):
         code, out, _ = command("--text", "any.txt", *(["--stride", stride] if stride else []))
-        announced = f"windows move by {stride} tokens: lower figures" in out
-        assert code == 0 and announced == bool(stride) or stride and stride >= CONTEXT
+        announced = f"windows of {CONTEXT} tokens move by {stride}: lower figures" in out
+        assert code == 0 and announced == (stride in (1, 5))
         rows[stride], = shown.popitem()[1].values()
         assert (rows[stride]["tokens"], rows[stride]["bytes"]) == (rows[None]["tokens"], len(text))
     assert rows[None] == rows[CONTEXT] == rows[CONTEXT + 9]
@@ -450,15 +450,42 @@ def test_max_blocks(command, shown, prepared, tmp_path, rng):
 
 
 def test_dropped_bytes_are_announced(command, shown, tmp_path, rng):
-    """What the vocabulary cannot write is counted, and is no part of the checkpoint's figures."""
+    """What the vocabulary cannot write is no part of the checkpoint's figures, and that is said."""
     save(tmp_path, llama())
     text, lost = some_text(rng), "\x01" * rng.randint(1, 9) + "\x7f"
     assert EXACT.count_dropped(text) == 0 and EXACT.count_dropped(lost) == len(lost)
     (tmp_path / "any.txt").write_text(f"{text} {lost}", encoding="utf-8")
     code, out, _ = command("--text", "any.txt")
     row, = next(iter(shown.values())).values()
-    assert code == 0 and f"{len(lost)} bytes of the text have no token in quickstart-2048" in out
+    assert code == 0 and "1 of 1 documents do not come back whole from its tokenizer" in out
     assert row["bytes"] == len(f"{text} ")
+
+
+def test_what_another_tokenizer_loses_is_said(command, tmp_path, rng):
+    """A model whose tokenizer turns words into one unknown token is cheap to evaluate, and that is said."""
+    save(tmp_path, llama())
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2}, unk_token="<unk>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<eos>",
+                                         unk_token="<unk>").save_pretrained("gpt2")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=3, n_positions=24, n_embd=16, n_layer=1, n_head=2, bos_token_id=None,
+        eos_token_id=1)).save_pretrained("gpt2")
+    (tmp_path / "any.txt").write_text(some_text(rng))
+    code, out, err = command("--text", "any.txt", "--hf", "gpt2")
+    assert code == 0 and out.count("do not come back whole") == 1, (out, err)
+    assert "1 of 1 documents" in out.splitlines()[-1]
+
+
+def test_an_encoder_is_refused(command, tmp_path, rng):
+    """What sees the tokens that it is to predict is no causal model, though transformers loads it as one."""
+    save(tmp_path, llama())
+    another_model(tmp_path / "bert", [some_text(rng)])
+    transformers.BertLMHeadModel(transformers.BertConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=64, initializer_range=0.5)).save_pretrained("bert")
+    (tmp_path / "any.txt").write_text(some_text(rng))
+    refused(command("--text", "any.txt", "--hf", "bert"), "not a causal model")
 
 
 # -----------------------------------------------------------------------------
@@ -585,6 +612,16 @@ def test_a_text_without_tokens_is_refused(command, tmp_path):
 
 # -----------------------------------------------------------------------------
 # trackers
+
+def test_a_tracker_that_fails(learn, tmp_path, monkeypatch):
+    """A tracker whose server goes away costs a run nothing but the tracker."""
+    (tmp_path / "trackio.py").write_text("def init(**settings):\n    return Run()\n\n\nclass Run:\n"
+                                         "    def log(self, entry, step):\n        raise ConnectionError('gone')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = learn("--tracker=trackio")
+    sys.modules.pop("trackio")
+    assert code == 0 and out.count("--tracker trackio has failed") == 1 and "trained" in out, (out, err)
+
 
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="trackio is here")
 @pytest.mark.parametrize("again", [[], ["--overwrite"], ["--resume", "--max_steps=4"]], ids=str)

@@ -840,6 +840,16 @@ def test_init_from(rng, command, tmp_path, data, in_process):
     assert difference(loaded, load_hf("hf")) <= 1e-3
 
 
+def test_an_import_is_not_lost(rng, command, tmp_path, data, in_process):
+    """It has nothing to resume, and a run that begins with it may not take its place."""
+    their_model(rng, num_hidden_layers=1).save_pretrained(tmp_path / "theirs")
+    assert command("--from", "theirs", "--out", "out/theirs", "--vocabulary", "quickstart-2048")[0] == 0
+    before, trained = contents(tmp_path), partial(in_process, train.main, "--data_dir", data, *TINY, "--name=theirs")
+    refused(trained("--resume"), "was imported", "--init_from")
+    refused(trained("--init_from", "out/theirs", "--overwrite"), "--name")
+    assert contents(tmp_path) == before
+
+
 def test_init_from_refusals(rng, command, theirs, data, in_process):
     """A beginning that is not there, one of another vocabulary and one of a shorter context are refused in one line."""
     trained = partial(in_process, train.main, "--data_dir", data, *TINY, "--max_steps=1", "--init_from")
@@ -1082,10 +1092,11 @@ def test_interrupted(command, run, exported, tmp_path, monkeypatch, module, name
     assert code == 130 and err == "interrupted\n" and contents(tmp_path) == before
 
 
-def test_after_a_crash(command, run, tmp_path):
-    """What a killed export left is cleared away by the next."""
+def test_beside_others(command, run, tmp_path):
+    """An export touches nothing but its own folder, whatever the folders beside it are called."""
     Path("export.partial").mkdir()
-    Path("export.partial/model.safetensors").write_text("half")
-    Path("export.partial/old.txt").write_text("older")
+    Path("export.partial/thesis.txt").write_text("precious")
     assert command("--checkpoint", "run", "--out", "export", "--tokenizer", "portable")[0] == 0
-    assert names(Path("export")) == PORTABLE_FILES and sorted(os.listdir()) == ["export", "run"]
+    assert names(Path("export")) == PORTABLE_FILES
+    assert sorted(os.listdir()) == ["export", "export.partial", "run"]
+    assert names(Path("export.partial")) == ["thesis.txt"]
