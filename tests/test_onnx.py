@@ -202,7 +202,6 @@ def test_greedy_generation(session, model, rng):
     for length in (1, rng.randint(2, CONTEXT - 50)):
         prompt = [rng.randrange(2048) for _ in range(length)]
         wanted = list(sample.generate(model, prompt, 50))
-        assert len(set(wanted)) > 5
         ids, fresh, past = list(prompt), list(prompt), empty(session, 1)
         for our_token in wanted:
             logits, past = step(session, [fresh], [[1] * len(ids)], past)
