@@ -373,7 +373,7 @@ def bits_per_byte(run, int8_linears):
     config = load(["--data_dir", state["config"]["data_dir"]])
     held_out = {name: Batches(config, "val", name) for name in config.sources}
     losses = train.evaluate(model.eval(), held_out, backend.pick("cpu", "float32"))
-    return train.mixed(losses, config, read_meta(config))["bits_per_byte"]
+    return train.mixed(losses, config.sources, read_meta(config))["bits_per_byte"]
 
 
 def bench_qat(arguments):

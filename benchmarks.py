@@ -21,7 +21,7 @@ import torch
 
 import backend
 import checkpoint
-from config import BadInput
+from config import BadInput, brief
 from export import weights, write_settings, write_tensors
 from model import Llama
 from vocabulary import Tokenizer, TokenMonster
@@ -183,7 +183,7 @@ def run(step_dir: Path, model: Llama, vocabulary: Tokenizer, options, device: ba
                         random_seed=42, numpy_random_seed=42, torch_random_seed=42, fewshot_random_seed=42)
             except Exception as error:  # whatever it is, the other blocks are still worth having
                 failed.append(block)
-                print(f"{block} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+                print(f"{block} failed: {type(error).__name__}: {brief(error)}", flush=True)
                 continue
             if not all(score_rows(answer["results"].get(task, {}), task, shots) for task in tasks):
                 failed.append(block)

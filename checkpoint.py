@@ -150,6 +150,21 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+def fill(model: Llama, weights: dict[str, torch.Tensor], where: str, hint: str):
+    """Copy tensors into the parameters of their names: every one is filled, and nothing is left over.
+
+    Raises BadInput, "`where`: ...; `hint`", where names or shapes differ; the model is as it was then.
+    """
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() | weights.keys()):
+        ours = tuple(parameters[name].shape) if name in parameters else "absent"
+        theirs = tuple(weights[name].shape) if name in weights else "absent"
+        if ours != theirs:
+            raise BadInput(f"{where}: {name} is {theirs} there and {ours} here; {hint}")
+    for name, p in parameters.items():
+        p.copy_(weights[name])
+
+
 def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Load a checkpoint into the model, and into the optimizer if given; return what was saved as its state.
 
@@ -159,14 +174,7 @@ def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None =
     state = read_state(step_dir)
     parameters = dict(model.named_parameters())
     weights = dequantize(read_tensors(step_dir / "model.safetensors"))
-    for name in sorted(parameters.keys() | weights.keys()):
-        ours = tuple(parameters[name].shape) if name in parameters else "absent"
-        theirs = tuple(weights[name].shape) if name in weights else "absent"
-        if ours != theirs:
-            raise BadInput(f"{step_dir} holds another model: {name} is {theirs} there and {ours} here; "
-                           f"use the config that it was trained with")
-    for name, p in parameters.items():
-        p.copy_(weights[name])
+    fill(model, weights, f"{step_dir} holds another model", "use the config that it was trained with")
     if optimizer is not None:
         moments = {}  # parameter name -> {"step", "exp_avg", "exp_avg_sq"}
         for key, value in read_tensors(step_dir / "optimizer.safetensors").items():

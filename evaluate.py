@@ -27,12 +27,11 @@ import torch.nn.functional as F
 
 import backend
 import checkpoint
-from config import BadInput, parse, script
+from config import BadInput, Source, brief, parse, script
 from model import Llama, ModelConfig
 from prepare import clean_text
-from train import read_metrics
+from train import mixed, read_metrics
 from vocabulary import Tokenizer
-
 
 LONGEST = 4096  # tokens that a model of transformers sees at once: some could see more than memory holds
 AT_ONCE = 2**27  # logits in one forward pass, half a GB of them in FP32
@@ -208,7 +207,7 @@ def theirs(name: str, trust_remote_code: bool, device: torch.device) -> Subject:
     except Exception as error:  # of whatever library it goes wrong in
         if "trust_remote_code" in str(error):
             raise BadInput(f"{name} comes with code of its own; --trust_remote_code lets it run") from error
-        raise BadInput(f"transformers cannot load {name}: {' '.join(str(error).split())[:300]}") from error
+        raise BadInput(f"transformers cannot load {name}: {brief(error)}") from error
     eos_id = tokens.eos_token_id if tokens.eos_token_id is not None else tokens.bos_token_id
     if eos_id is None:
         raise BadInput(f"{name} has no token to put between documents")
@@ -270,7 +269,8 @@ def evaluate(subject: Subject, documents: list[Document], options: Options,
              device: backend.Backend, name: str = "the text") -> dict[str, float]:
     """The figures of a model on documents, joined as in training: each follows the end of another.
 
-    The end of a document counts as a token, and as no byte. Raises BadInput where nothing of them (`name`) is left.
+    The end of a document counts as a token, and as no byte. "lossy" is how many documents do not come back whole from
+    their tokens. Raises BadInput where nothing of them (`name`) is left.
     """
     block_size, stride = subject.window(options)
     batch_size = max(1, min(options.batch_size, AT_ONCE // (block_size * subject.rows)))
@@ -281,13 +281,13 @@ def evaluate(subject: Subject, documents: list[Document], options: Options,
     ids = np.concatenate([[subject.eos_id], *(part for ids, _ in encoded for part in (ids, [subject.eos_id]))])
     with device.autocast():
         losses = token_losses(subject.logits, ids, block_size, stride, batch_size, device.device)
-    return figures(losses, size, block_size)
+    lossy = sum(not comes_back(subject, document, ids) for document, (ids, _) in zip(documents, encoded))
+    return figures(losses, size, block_size) | {"lossy": lossy}
 
 
-def comes_back(subject: Subject, document: Document) -> bool:
-    """Whether a model's tokens hold all of a text but white space; accents may stand apart from their letters."""
-    one, other = (unicodedata.normalize("NFC", text) for text in
-                  (document.text, subject.decode(subject.encode(document)[0])))
+def comes_back(subject: Subject, document: Document, ids: np.ndarray) -> bool:
+    """Whether a document's ids hold all of its text but white space; accents may stand apart from their letters."""
+    one, other = (unicodedata.normalize("NFC", text) for text in (document.text, subject.decode(ids)))
     return "".join(one.split()) == "".join(other.split())
 
 
@@ -302,13 +302,12 @@ def first_blocks(documents: list[Document], subject: Subject, count: int) -> lis
 
 def mixture(rows: dict[str, dict], sources: dict[str, dict]) -> dict[str, float]:
     """The figures of one text in which the sources are mixed by their ratios, as train.py logs them."""
-    ratios = {name: source["ratio"] for name, source in sources.items()}
-    loss = sum(ratios[name] * rows[name]["loss"] for name in rows)
-    size = sum(ratios[name] * rows[name]["bytes"] / rows[name]["tokens"] for name in rows)  # bytes a token
-    error = math.sqrt(sum((ratios[name] * rows[name]["loss_stderr"]) ** 2 for name in rows))
+    mixed_sources = {name: Source(**fields) for name, fields in sources.items()}
+    mix = mixed({name: row["loss"] for name, row in rows.items()}, mixed_sources,
+                {"sources": {name: {"val": row} for name, row in rows.items()}})
+    error = math.sqrt(sum((mixed_sources[name].ratio * row["loss_stderr"]) ** 2 for name, row in rows.items()))
     return {"tokens": sum(row["tokens"] for row in rows.values()), "bytes": sum(row["bytes"] for row in rows.values()),
-            "loss": loss, "loss_stderr": error, "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": loss / math.log(2) / size, "bits_per_byte_stderr": error / math.log(2) / size}
+            **mix, "loss_stderr": error, "bits_per_byte_stderr": error * mix["bits_per_byte"] / mix["loss"]}
 
 
 def show(name: str, rows: dict[str, dict]):
@@ -390,6 +389,7 @@ def main(argv: list[str]):
         documents = {name: first_blocks(texts, subject, options.max_blocks) for name, texts in documents.items()}
     for subject in [subject, *([theirs(options.hf, options.trust_remote_code, device.device)] if options.hf else [])]:
         rows = {name: evaluate(subject, texts, options, device, name) for name, texts in documents.items()}
+        lossy = sum(row["lossy"] for row in rows.values())
         if len(rows) > 1 and rows.keys() == sources.keys():
             rows["mixed as in training"] = mixture(rows, sources)
         show(subject.name, rows)
@@ -397,10 +397,9 @@ def main(argv: list[str]):
         if stride < block_size:
             print(f"  windows of {block_size:,} tokens move by {stride:,}: lower figures than in training, where they "
                   f"do not overlap")
-        whole = [comes_back(subject, document) for texts in documents.values() for document in texts]
-        if not all(whole):
-            print(f"  {whole.count(False):,} of {len(whole):,} documents do not come back whole from its tokenizer: "
-                  f"what is lost costs it nothing")
+        if lossy:
+            print(f"  {lossy:,} of {sum(map(len, documents.values())):,} documents do not come back whole from its "
+                  f"tokenizer: what is lost costs it nothing")
 
 
 if __name__ == "__main__":

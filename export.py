@@ -30,7 +30,7 @@ from safetensors.torch import save as to_bytes
 import checkpoint
 import portable
 import quant_t4
-from config import BadInput, parse, script
+from config import BadInput, brief, parse, script
 from model import Llama, ModelConfig
 from model_card import model_card
 from tokenizer import TokenizerJson
@@ -146,9 +146,16 @@ def segmented(tokens: Tokenizer, form: str | None) -> Tokenizer:
 def remote_code() -> str:
     """tokenization_tokenmonster.py with vocabulary.py in the place of its import: one file that needs no other."""
     source = (HERE / "tokenization_tokenmonster.py").read_text(encoding="utf-8")
-    before, line, after = source.partition("from vocabulary import COMPLETE_DELETE, TokenMonster\n")
+    before, line, after = source.partition("from vocabulary import COMPLETE_DELETE, TokenMonster, byte_characters\n")
     whole = (HERE / "vocabulary.py").read_text(encoding="utf-8")
     return f"{before}# {'-' * 77}\n# vocabulary.py\n\n{whole}\n\n# {'-' * 77}\n# transformers\n{after}"
+
+
+def write_vocabulary(folder: Path, tokens: Tokenizer) -> str:
+    """The vocabulary's file, and its name."""
+    name = "tokenmonster.vocab" if isinstance(tokens, TokenMonster) else "tokenizer.json"
+    (folder / name).write_bytes(tokens.data)
+    return name
 
 
 def write_tokenizer(folder: Path, tokens: Tokenizer, context: int):
@@ -157,11 +164,11 @@ def write_tokenizer(folder: Path, tokens: Tokenizer, context: int):
     Never both kinds in one folder: with trust_remote_code transformers would take the exact one without a word, and
     without it the other, whose ids differ.
     """
-    eos = "<|endoftext|>" if isinstance(tokens, TokenMonster) else tokens.eos_token
+    eos = portable.END_OF_DOCUMENT if isinstance(tokens, TokenMonster) else tokens.eos_token
+    write_vocabulary(folder, tokens)
     settings = {"bos_token": eos, "eos_token": eos, "pad_token": eos, "model_max_length": context,
                 "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
     if isinstance(tokens, TokenMonster):
-        (folder / "tokenmonster.vocab").write_bytes(tokens.data)
         (folder / "tokenization_tokenmonster.py").write_text(remote_code(), encoding="utf-8")
         special = {"content": eos, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
                    "special": True}
@@ -169,7 +176,6 @@ def write_tokenizer(folder: Path, tokens: Tokenizer, context: int):
                      "auto_map": {"AutoTokenizer": ["tokenization_tokenmonster.TokenMonsterTokenizer", None]},
                      "added_tokens_decoder": {str(tokens.eos_id): special}}
     else:
-        (folder / "tokenizer.json").write_bytes(tokens.data)
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -209,7 +215,7 @@ def check_logits(folder: Path, model: Llama) -> str | None:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
     except Exception as error:  # of whatever library it goes wrong in
         raise BadInput(f"transformers {transformers.__version__} does not load {folder}: {type(error).__name__}: "
-                       f"{' '.join(str(error).split())[:300]}") from error
+                       f"{brief(error)}") from error
     input_ids = torch.randint(model.config.vocab_size, (2, min(128, model.config.max_position_embeddings)),
                               generator=torch.Generator().manual_seed(0))
     difference = float((theirs(input_ids).logits - model(input_ids)[0]).abs().max())
@@ -261,9 +267,7 @@ def write_int8(folder: Path, model: Llama, state: dict, tokens: Tokenizer, dtype
     for name, (integers, scale) in quant_t4.quantize_for_export(model).items():
         tensors |= {f"{name}.weight": integers.contiguous(), f"{name}.weight_scale": scale.contiguous()}
     write_tensors(folder, tensors)
-    file = "tokenmonster.vocab" if isinstance(tokens, TokenMonster) else "tokenizer.json"
-    (folder / file).write_bytes(tokens.data)
-    config = state["config"] | {"tokenizer": file, "tokenizer_segmentation": "exact"}
+    config = state["config"] | {"tokenizer": write_vocabulary(folder, tokens), "tokenizer_segmentation": "exact"}
     write_json(folder / "state.json", state | {"config": config, "rounded_to_int8": True})
     integers = [tensor for tensor in tensors.values() if tensor.dtype == torch.int8]
     return (f"{len(integers)} weights in INT8, {sum(t.numel() for t in integers) / model.num_parameters():.0%} of the "

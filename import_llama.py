@@ -1,22 +1,23 @@
 """Somebody's Llama as a checkpoint of ours: export.py --from FOLDER_OR_HUB_NAME --out out/NAME
 
 Any folder of a LlamaForCausalLM will do, if it is a plain one: what our model.py does not have (scaled RoPE, biases,
-another activation) is refused by its name. So will the first Stentor checkpoints, whose INT8 linears kept their FP32
-weights as `weight_master` (Stentor2-12M-Preview card, Weight Initialization): transformers finds no `weight` for those
-modules, and starts them anew with noise.
+another activation) is refused by its name. The first Stentor checkpoints will do as well, whose INT8 linears kept their
+FP32 weights as `weight_master` (Stentor2-12M-Preview card, Weight Initialization): transformers finds no `weight` for
+those modules, and starts them anew with noise.
 
 The result is a run of step 0 with a checkpoint to sample from, to export, or to begin a training with (--init_from).
 """
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import checkpoint
 import tokenizer
-from config import BadInput
+from config import BadInput, brief
 from export import check_logits, new_folder
 from model import Llama, ModelConfig
 
@@ -33,8 +34,8 @@ def find_folder(name: str) -> Path:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # no library, no network, no such repository
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"there is no folder {name}, and it cannot be downloaded from the hub ({reason})") from error
+        raise BadInput(f"there is no folder {name}, and it cannot be downloaded from the hub "
+                       f"({brief(error)})") from error
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict]:
@@ -127,21 +128,6 @@ def plain_names(weights: dict[str, torch.Tensor], tied: bool) -> tuple[dict[str,
     return plain, remarks
 
 
-@torch.no_grad()
-def fill(model: Llama, weights: dict[str, torch.Tensor], folder: Path):
-    """Put the tensors into the model, in FP32. Raises BadInput where names or shapes do not fit."""
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() | weights.keys()):
-        ours = tuple(parameters[name].shape) if name in parameters else "absent"
-        theirs = tuple(weights[name].shape) if name in weights else "absent"
-        if ours != theirs:
-            raise BadInput(f"{folder}: {name} is {theirs}, and in a Llama of its config.json {ours}")
-    for name, p in parameters.items():
-        if not torch.isfinite(weights[name].float()).all():
-            raise BadInput(f"{folder}: {name} holds numbers that are not finite")
-        p.copy_(weights[name])
-
-
 def find_vocabulary(folder: Path, asked: str | None) -> Path:
     """The vocabulary's file: what is asked for, or tokenizer.json or a .vocab file of the folder.
 
@@ -165,7 +151,10 @@ def import_llama(name: str, out: Path, vocabulary_name: str | None):
     config, theirs = read_config(folder)
     weights, remarks = plain_names(read_weights(folder), config.tie_word_embeddings)
     model = Llama(config)
-    fill(model, weights, folder)
+    checkpoint.fill(model, weights, f"{folder} is not the Llama of its config.json", "download it again")
+    for parameter, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise BadInput(f"{folder}: {parameter} holds numbers that are not finite")
     found = None if remarks else check_logits(folder, model)  # what needs a remark transformers loads as something else
     source = find_vocabulary(folder, vocabulary_name)
     vocabulary = tokenizer.load(vocabulary_name or source)
@@ -177,9 +166,8 @@ def import_llama(name: str, out: Path, vocabulary_name: str | None):
         remarks.append(f"its eos_token_id is {eos}; documents end with {vocabulary.eos_id} here, as {vocabulary.name} "
                        f"says")
     file = "tokenizer.json" if source.suffix == ".json" else f"{vocabulary.name}.vocab"
-    shape = {field: getattr(config, field) for field in config.__dataclass_fields__}
     state = {"step": 0, "seconds": 0.0, "imported_from": name, "tokenizer_sha256": vocabulary.sha256,
-             "config": {"name": out.name, "tokenizer": file, "model": shape}}
+             "config": {"name": out.name, "tokenizer": file, "model": asdict(config)}}
     with new_folder(out) as run:
         checkpoint.save(run, model, None, state, best=True, keep=1)
         shutil.copyfile(source, run / file)

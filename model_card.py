@@ -12,8 +12,8 @@ import torch
 
 import checkpoint
 from model import Llama, count_parameters, memory_table
-from sample import generate, prompt_ids
 from prepare import duration
+from sample import generate, prompt_ids
 from train import read_metrics
 from vocabulary import Tokenizer, TokenMonster
 

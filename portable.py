@@ -26,7 +26,7 @@ import json
 import math
 import re
 
-from vocabulary import COMPLETE_DELETE, VocabularyError
+from vocabulary import COMPLETE_DELETE, VocabularyError, byte_characters
 
 END_OF_DOCUMENT = "<|endoftext|>"
 DEAD = -100_000.0  # less than 255 bytes, the longest that a piece can be, cost one by one
@@ -34,16 +34,6 @@ RAREST = 1e-7  # frequency of a piece that the vocabulary's trainer did not coun
 MARK = b"\x7f"
 ACROSS_WORDS = re.compile(rb"\S (?:\S|$)")  # a space that sets off a word, and what is before it
 UTF8 = {*range(0x00, 0xC0), *range(0xC2, 0xF5)}  # the bytes that occur in UTF-8
-
-
-def byte_characters() -> list[str]:
-    """The character that stands for each byte in a tokenizer.json: itself where that can be seen, else one from U+0100
-    on (GPT-2's table, which the libraries' "ByteLevel" has built in)."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
-
-
 CHARACTERS = byte_characters()
 
 

@@ -10,7 +10,7 @@ import shutil
 
 from transformers import PreTrainedTokenizer
 
-from vocabulary import COMPLETE_DELETE, TokenMonster
+from vocabulary import COMPLETE_DELETE, TokenMonster, byte_characters
 
 FILE = "tokenmonster.vocab"
 
@@ -19,7 +19,7 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
     """A slow tokenizer (as transformers calls what is not in Rust) around TokenMonster.
 
     transformers wants a text's tokens as strings: a token's bytes are written as GPT-2 writes them, one character for
-    each, from U+0100 on where a byte has none that can be seen.
+    each (byte_characters).
     """
 
     vocab_files_names = {"vocab_file": FILE}
@@ -30,9 +30,7 @@ class TokenMonsterTokenizer(PreTrainedTokenizer):
         self.vocab_file = vocab_file
         with open(vocab_file, "rb") as file:
             self.vocabulary = TokenMonster(file.read(), FILE, eos_id)
-        visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-        hidden = iter(range(0x100, 0x200))
-        characters = [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
+        characters = byte_characters()
         self.tokens = ["".join(characters[byte] for byte in piece) for piece in self.vocabulary.pieces]
         self.tokens[self.vocabulary.eos_id] = str(eos_token)
         self.ids = {token: id_ for id_, token in enumerate(self.tokens)}

@@ -21,7 +21,7 @@ import backend
 import checkpoint
 import quant_t4
 import tokenizer
-from config import BadInput, Config, load, script
+from config import BadInput, Config, Source, brief, load, script
 from data import Batches, read_meta
 from model import Llama, ModelConfig
 from vocabulary import Tokenizer
@@ -66,14 +66,14 @@ def evaluate(model, held_out: dict[str, Batches], device: backend.Backend) -> di
     return losses
 
 
-def mixed(losses: dict[str, float], config: Config, meta: dict) -> dict[str, float]:
+def mixed(losses: dict[str, float], sources: dict[str, Source], meta: dict) -> dict[str, float]:
     """Losses by source as the figures of one held-out text in which the sources are mixed by their ratios.
 
     loss is in nats per token; bits_per_byte divides its bits by the bytes of the decoded text (from meta.json), and
     so, unlike loss and perplexity, can be compared between vocabularies.
     """
     loss, bytes_per_token = 0.0, 0.0
-    for name, source in config.sources.items():
+    for name, source in sources.items():
         counts = meta["sources"][name]["val"]
         loss += source.ratio * losses[name]
         bytes_per_token += source.ratio * counts["bytes"] / counts["tokens"]
@@ -147,9 +147,8 @@ def earlier_checkpoint(config: Config) -> Path | None:
 def shaped_like(config: Config, step_dir: Path, vocabulary: Tokenizer) -> Config:
     """The config with the shape of the model of a checkpoint to begin with (--init_from).
 
-    What is no shape (FP32 blocks, how weights would have been drawn) stays the config's.
-
-    Raises BadInput where that was trained with another vocabulary, or its context is shorter than a block.
+    What is no shape (FP32 blocks, how weights would have been drawn) stays the config's. Raises BadInput where that was
+    trained with another vocabulary, or its context is shorter than a block.
     """
     state = checkpoint.read_state(step_dir)
     if state.get("tokenizer_sha256") != vocabulary.sha256:
@@ -189,7 +188,7 @@ def open_tracker(config: Config):
     except ImportError as error:
         raise BadInput(f"--tracker {config.tracker} needs {error.name}: pip install {config.tracker}") from error
     except Exception as error:  # no account, no network: its own words
-        raise BadInput(f"--tracker {config.tracker}: {' '.join(str(error).split())[:300]}") from error
+        raise BadInput(f"--tracker {config.tracker}: {brief(error)}") from error
 
 
 def choose_product(config: Config, model: Llama, tokens: int, device: backend.Backend,
@@ -261,11 +260,11 @@ def main(argv: list[str]):
                        f"give --tokenizer and --tokenizer_segmentation as there")
     device = backend.pick(config.backend, config.dtype)
     resumed = earlier_checkpoint(config)
-    beginning = resumed or checkpoint.find(config.init_from, "best") if config.init_from else None
-    if beginning:
-        config = shaped_like(config, beginning, vocabulary)
-        if not resumed and config.out_dir.resolve() in beginning.resolve().parents:
-            raise BadInput(f"{beginning} would be deleted by the run that begins with it; choose another --name")
+    beginning = checkpoint.find(config.init_from, "best") if config.init_from and not resumed else None
+    if config.init_from:
+        config = shaped_like(config, resumed or beginning, vocabulary)
+    if beginning and config.out_dir.resolve() in beginning.resolve().parents:
+        raise BadInput(f"{beginning} would be deleted by the run that begins with it; choose another --name")
 
     # The model and the optimizer
     torch.manual_seed(config.seed)
@@ -282,7 +281,7 @@ def main(argv: list[str]):
     # Where to start
     state = {"step": 0, "seconds": 0.0, "best_loss": math.inf, "int8_product": None}
     longest = config.max_steps
-    if beginning and not resumed:
+    if beginning:
         checkpoint.load(beginning, model)
     if resumed:
         state |= checkpoint.load(resumed, model, optimizer)
@@ -412,7 +411,7 @@ def main(argv: list[str]):
             continue
         if evaluating:
             losses = evaluate(step_model, held_out, device)
-            val = mixed(losses, config, meta)
+            val = mixed(losses, config.sources, meta)
             state |= {"val_loss": val["loss"], "bits_per_byte": val["bits_per_byte"]}
             log({"step": step, **{f"val_{key}": value for key, value in val.items()},
                  **{f"val_loss_{name}": loss for name, loss in losses.items()}})

@@ -513,6 +513,14 @@ def _count(ids, visible, open_mark):
 COMPLETE_DELETE = re.compile(rb"\x7f.", re.DOTALL)
 
 
+def byte_characters():
+    """256 str: the character that stands for each byte where tokens must be text: itself where that can be
+    seen, else one from U+0100 on (GPT-2's table, which the libraries' "ByteLevel" has built in)."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
+
+
 class TokenMonster(Tokenizer):
     """A TokenMonster vocabulary with no capcode or "nocapcode", in UTF-8.
 

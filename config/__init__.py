@@ -31,6 +31,11 @@ class BadInput(ValueError):
     """Something that the user can put right. `script` shows it as one line and exits with code 2."""
 
 
+def brief(error: Exception) -> str:
+    """What another library's exception says, on one line and at readable length."""
+    return " ".join(str(error).split())[:300]
+
+
 @dataclass
 class Source:
     """A stream of documents and its share of the training mixture."""

@@ -46,6 +46,18 @@ def in_process(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """transformers asks no hub, and keeps the code that it loads out of the home directory."""
+    import huggingface_hub
+    from transformers import dynamic_module_utils
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(sys, "path", list(sys.path))  # it adds that folder
+        yield
+
+
 @pytest.fixture(scope="session")
 def quickstart_data(tmp_path_factory):
     """The embedded data, prepared once by the real command; tests only read it."""

@@ -8,7 +8,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 
@@ -51,18 +50,14 @@ BOTH = ["--tasks", "local_choice", "local_answer"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
+def our_tasks_alone(offline, tmp_path_factory):
     """Nothing asks the hub or writes into the home directory; and lm-eval knows our tasks alone, as to read its own
     takes ten seconds."""
     import datasets
     import lm_eval.tasks
-    from transformers import dynamic_module_utils
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))  # it adds that folder
         patch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
         yield
 

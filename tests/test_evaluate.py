@@ -10,7 +10,6 @@ import statistics
 import sys
 from functools import partial
 
-import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
@@ -35,18 +34,8 @@ CPU = torch.device("cpu")
 CONTEXT = 32
 SOURCES = {"prose": Source("text", 0.7, data_files="prose.txt", preserve_linebreaks=True, held_out=6),
            "code": Source("text", 0.3, data_files="code.txt", preserve_linebreaks=True, held_out=4)}
+pytestmark = pytest.mark.usefixtures("offline")
 both_forms = pytest.mark.parametrize("form", ["exact", "portable"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """transformers asks no hub, and keeps the code that it loads out of the home directory."""
-    from transformers import dynamic_module_utils
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(sys, "path", list(sys.path))  # it adds that folder
-        yield
 
 
 def llama(**changes):
@@ -385,7 +374,7 @@ def test_mixture_is_that_of_training(rng):
     config = Config(sources=sources)
     meta = {"sources": {name: {"val": {key: row[key] for key in ("tokens", "bytes")}} for name, row in rows.items()}}
     mixed = evaluate.mixture(rows, train.as_json(config)["sources"])
-    wanted = train.mixed({name: row["loss"] for name, row in rows.items()}, config, meta)
+    wanted = train.mixed({name: row["loss"] for name, row in rows.items()}, config.sources, meta)
     assert {name: mixed[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
     error = math.hypot(*(sources[name].ratio * row["loss_stderr"] for name, row in rows.items()))
     assert mixed["loss_stderr"] == pytest.approx(error)

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -37,6 +36,7 @@ from tests.commands import ROOT, refused
 
 QUICK = tokenizer.load("quickstart-2048")
 SHARED = ROOT.parent / "shared" / "tokenmonster"
+pytestmark = pytest.mark.usefixtures("offline")
 ENGLISH = [f"english-{size}-strict-nocapcode-v1" for size in (4096, 8000)]
 REMOTE = {"trust_remote_code": True}
 EOS = "<|endoftext|>"
@@ -51,17 +51,6 @@ FRAGMENTS = ["the", " of a", "return self", "don't", "l\u2019eau", "(x, y)", ":/
              "\xa0", "\u2028", "\ufeff", "\ufffd", "\u00e9", "e\u0301", "\u0301", "\u1e69", "\u212b", "\uac00",
              "\u4e00\u4e8c", "\u0414\u0430", "\U0001f600", "\U0001f468\u200d\U0001f469", "\U0010ffff", "</s>",
              "<|endoftext", "[PAD]"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """transformers asks no hub, and keeps the code that it loads out of the home directory."""
-    from transformers import dynamic_module_utils
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(sys, "path", list(sys.path))  # it adds that folder
-        yield
 
 
 @pytest.fixture

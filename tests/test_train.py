@@ -289,7 +289,7 @@ def test_evaluation_against_float64(quickstart_data, rng):
         assert losses[name] == pytest.approx(np.mean(nats), rel=1e-5)
         bits += source.ratio * np.mean(nats) / np.log(2)
         length += source.ratio * meta["sources"][name]["val"]["bytes"] / meta["sources"][name]["val"]["tokens"]
-    figures = train.mixed(losses, config, meta)
+    figures = train.mixed(losses, config.sources, meta)
     assert figures["bits_per_byte"] == pytest.approx(bits / length, rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
 
