@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import backend
 import checkpoint
+import decode
 from config import BadInput, Source, brief, parse, script
 from model import Llama, ModelConfig
 from prepare import clean_text
@@ -76,16 +77,22 @@ class Options:
     """Where --compare draws them."""
     backend: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the matrix products."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Precision of the matrix products; int8 keeps the weights of our model in INT8, as sample.py --dtype int8 does."""
+    int8_activations: bool = False
+    """With int8, round what the weights are multiplied with too."""
 
     def __post_init__(self):
-        """Raises ValueError, in one line, for values out of range."""
+        """Raises ValueError, in one line, for values out of range, and for options that exclude each other."""
         for name in ("max_blocks", "block_size", "stride", "batch_size", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (self.tasks or self.limit or self.include_path) and not self.benchmarks:
             raise ValueError("tasks, limit and include_path are for benchmarks: add --benchmarks")
+        if self.dtype == "int8" and (self.hf or self.benchmarks):
+            raise ValueError("dtype int8 is for our own models and texts: leave out --hf and --benchmarks")
+        if self.int8_activations and self.dtype != "int8":
+            raise ValueError("int8_activations is for --dtype int8")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -374,10 +381,12 @@ def main(argv: list[str]):
     step_dir = checkpoint.find(options.checkpoint or checkpoint.newest_run(), options.which)
     model, state = checkpoint.load_model(step_dir)
     vocabulary = checkpoint.load_tokenizer(step_dir, state)
-    device = backend.pick(options.backend, options.dtype, tpu=False)
+    device = backend.pick(options.backend, "float32" if options.dtype == "int8" else options.dtype, tpu=False)
     if options.benchmarks:
         import benchmarks
         return benchmarks.run(step_dir, model, vocabulary, options, device)
+    if options.dtype == "int8":
+        decode.narrow(model, "int8", options.int8_activations)
 
     subject, sources = ours(step_dir, model.to(device.device), vocabulary), state["config"].get("sources", {})
     if options.text:

@@ -132,18 +132,18 @@ def wants_equal_heads(q) -> bool:
     return q.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(q.device), q.dtype)
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, mask=None):
     """Softmax attention of the last T of S positions: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
     The one place that decides which of PyTorch's kernels it will be. Query head h reads key/value head h // (H / K).
+    With a mask, (T, S) bool, it alone says who sees whom.
     """
     T, S = q.size(2), k.size(2)
     if wants_equal_heads(q):
         k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
-    mask = None
-    if 1 < T < S:  # several new tokens after a cached prefix: query i sees keys up to S - T + i
+    if mask is None and 1 < T < S:  # several queries after a prefix: query i sees keys up to S - T + i
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == S,
                                           enable_gqa=q.size(1) != k.size(1))
 
 
@@ -161,26 +161,48 @@ def chunked_attention(q, k, v, length: int = 512):
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers of `max_length` positions, made at first use.
 
-    Each layer's buffer takes the dtype of what is first put in, so FP32 blocks keep FP32 keys under autocast.
+    Each layer's buffer takes the dtype of what is first put in, so FP32 blocks keep FP32 keys under autocast. What is
+    read is the filled part alone, rounded up to a multiple of `grain`: with a coarse one a compiled model meets few
+    different lengths, and what is not filled yet is masked.
     """
 
-    attend = staticmethod(causal_attention)  # of new tokens over all that are cached
-
-    def __init__(self, max_length: int):
-        self.max_length = max_length
-        self.length = 0  # positions filled in every layer; the model advances it once a forward
+    def __init__(self, max_length: int, device=None, grain: int = 1):
+        self.max_length, self.grain = max_length, grain
+        self.length = 0  # positions filled in every layer; lower it to forget the newest tokens
+        self.steps = torch.arange(math.ceil(max_length / grain) * grain, device=device)
         self.keys, self.values = {}, {}
 
+    def advance(self, count: int):
+        """Take in the next `count` tokens: `positions` (T,) are theirs, `read` (S,) those that will be read."""
+        start, self.length = self.length, self.length + count
+        self.positions = self.steps[start:self.length]
+        self.read = self.steps[:math.ceil(self.length / self.grain) * self.grain]
+
     def extend(self, layer: int, k, v):
-        """Store k and v (B, K, T, D) after the filled part; return all of it, (B, K, length + T, D) each."""
+        """Store k and v (B, K, T, D) at `positions`; return what is read, (B, K, S, D) each."""
         if layer not in self.keys:
             B, K, _, D = k.shape
-            self.keys[layer] = k.new_zeros(B, K, self.max_length, D)
-            self.values[layer] = v.new_zeros(B, K, self.max_length, D)
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+            self.keys[layer] = k.new_zeros(B, K, len(self.steps), D)
+            self.values[layer] = v.new_zeros(B, K, len(self.steps), D)
+        S = self.read.size(0)
+        self.keys[layer].index_copy_(2, self.positions, k)
+        self.values[layer].index_copy_(2, self.positions, v)
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
+
+    def attend(self, q, k, v):
+        """Attention of the new tokens over what extend has returned: q (B, H, T, D) -> (B, H, T, D)."""
+        return causal_attention(q, k, v, self.mask(q.size(2)))
+
+    def mask(self, T: int):
+        """Who of the T newest sees whom, (T, S) bool, or None where is_causal or nothing at all says the same."""
+        if self.grain == 1 and T in (1, self.read.size(0)):
+            return None
+        return self.read <= self.positions[:, None]
+
+    def repeat(self, count: int):
+        """Go on as `count` sequences that begin alike: what was one is copied."""
+        self.keys = {layer: k.repeat(count, 1, 1, 1) for layer, k in self.keys.items()}  # (count * B, K, S, D)
+        self.values = {layer: v.repeat(count, 1, 1, 1) for layer, v in self.values.items()}
 
 
 class Attention(nn.Module):
@@ -258,16 +280,15 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, input_ids, cache=None):
-        start = cache.length if cache is not None else 0
-        positions = slice(start, start + input_ids.size(1))
+        """Hidden states (B, T, C) of input_ids (B, T), which a cache has been told of (`KVCache.advance`)."""
+        positions = slice(input_ids.size(1)) if cache is None else cache.positions
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2) each
         x = self.embed_tokens(input_ids)  # (B, T, C)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = self.recompute(layer, x, self.cos[positions], self.sin[positions])
+                x = self.recompute(layer, x, cos, sin)
             else:
-                x = layer(x, self.cos[positions], self.sin[positions], cache)
-        if cache is not None:
-            cache.length += input_ids.size(1)
+                x = layer(x, cos, sin, cache)
         return self.norm(x)
 
 
@@ -286,8 +307,8 @@ class Llama(nn.Module):
         self.init_weights()
 
     def tie_weights(self):
-        """Make a tied head's weight the embedding's: one parameter under two names."""
-        if self.config.tie_word_embeddings:
+        """Make a tied head's weight the embedding's: one parameter under two names. (decode.py's head has its own.)"""
+        if self.config.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, function, recurse=True):
@@ -322,12 +343,18 @@ class Llama(nn.Module):
         are taken to follow those already in it. Returns (logits (B, T, vocab_size), loss): the loss is the mean
         cross-entropy in nats per counted token, a 0-D FP32 tensor, or None.
         """
+        if cache is not None:
+            cache.advance(input_ids.size(1))
         logits = self.lm_head(self.model(input_ids, cache))  # (B, T, V)
         if targets is None:
             return logits, None
         # log-softmax over thousands of entries wants FP32, whatever precision made the logits
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))  # (B*T, V), (B*T)
         return logits, loss
+
+    def new_cache(self, length: int) -> KVCache:
+        """An empty KVCache for texts of `length` tokens, on the model's device."""
+        return KVCache(length, self.model.cos.device)
 
     def run_with(self, attention, recompute=None):
         """Train with another attention than causal_attention, (q, k, v) -> y of the same shapes; and with

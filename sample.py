@@ -1,17 +1,18 @@
 """Generate text: python sample.py --prompt "..." [--checkpoint out/NAME]
 
-A Llama is asked for one token at a time. The keys and values of the tokens before it are kept (the KV cache), so
-each step costs one token's work. Between the logits and the choice stand the usual filters, in HF's order and with
-HF's definitions: repetition penalty, temperature, top-k, top-p.
+A Llama is asked for one token at a time. The prompt is read in one pass; the keys and values of all tokens so far are
+kept (the KV cache), so each step after it costs one token's work. Between the logits and the choice stand the usual
+filters, in HF's order and with HF's definitions: repetition penalty, temperature, top-k, top-p.
 """
 
 import json
 import re
+import shlex
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,9 @@ import torch
 
 import backend
 import checkpoint
+import decode
 from config import BadInput, parse, script
-from model import KVCache, Llama
+from model import Llama
 
 
 @dataclass
@@ -46,84 +48,164 @@ class Options:
     greedy: bool = False
     """Always take the likeliest token (of the penalised logits)."""
     num_samples: int = 1
-    """Texts to generate."""
+    """Texts to generate, all at once."""
     seed: int | None = None
     """Of the random choices; a new one every time if None."""
     quiz: Path | None = None
     """Instead of a prompt, a JSONL file of {"prompt", "answer"}: print the share that the model gets right."""
+    interactive: bool = False
+    """Ask for prompts, one after the other. A line of options (--temperature 0.5) changes those; Ctrl-D ends."""
     backend: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to generate on."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the matrix products."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """What the weights of the matrix products are kept in (decode.py)."""
+    int8_activations: bool = False
+    """With int8, round what the weights are multiplied with too (dynamic quantization): quicker for prompts and
+    batches, and on a CPU only."""
+    compile: bool | None = None
+    """Use torch.compile: seconds for each layer, the first time, and then several times the speed; if None, for
+    --max_new_tokens from 2,000 on."""
+    speculative: str | None = None
+    """Have tokens guessed, and several of them checked in one pass: by a smaller model of the same vocabulary (a run,
+    out/DRAFT), or with "lookup" by what followed the same words earlier in the text."""
+    draft_tokens: int = 4
+    """Tokens to guess at a time."""
 
     def __post_init__(self):
         """Raises ValueError, in one line, for values that no distribution has."""
         checks = {"max_new_tokens": self.max_new_tokens >= 1, "temperature": self.temperature > 0,
                   "top_k": self.top_k is None or self.top_k >= 1, "top_p": self.top_p is None or 0 < self.top_p <= 1,
                   "repetition_penalty": self.repetition_penalty > 0, "num_samples": self.num_samples >= 1,
+                  "draft_tokens": self.draft_tokens >= 1,
                   "seed": self.seed is None or 0 <= self.seed < 2**63}
         for name, good in checks.items():
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}, which is out of range"
                                  + ("; --greedy takes the likeliest token" if name == "temperature" else ""))
+        if self.int8_activations and self.dtype != "int8":
+            raise ValueError("int8_activations is for --dtype int8")
+        if self.speculative and self.num_samples > 1:
+            raise ValueError("speculative writes one text at a time: leave out --num_samples")
 
 
 def penalize_repetition(logits, seen, penalty: float):
-    """Make the tokens `seen` (n,) int64 less likely in logits (V,): x / penalty if x > 0, else x * penalty."""
-    x = logits[seen]
-    return logits.index_put((seen,), torch.where(x > 0, x / penalty, x * penalty))
+    """Make the tokens `seen` (..., V) bool less likely in logits (..., V): x / penalty if x > 0, else x * penalty."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(logits, temperature: float, top_k: int | None, top_p: float | None):
-    """Logits (V,) to those of the distribution to draw from; what is cut off becomes -inf."""
+    """Logits (..., V) to those of the distribution to draw from; what is cut off becomes -inf."""
     logits = logits / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.numel())).values[-1]
+        kth = logits.topk(min(top_k, logits.size(-1))).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
         # Cut a token when those before it already reach top_p; so the first always stays.
         cut = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.masked_fill(cut[order.argsort()], -torch.inf)
+        logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
     return logits
 
 
-@torch.no_grad()
-def generate(model: Llama, input_ids, max_new_tokens: int, temperature: float = 0.0,
-             top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-             eos_id: int | None = None, vocab_size: int | None = None,
-             generator: torch.Generator | None = None) -> Iterator[int]:
-    """Yield up to max_new_tokens ids that follow input_ids (T,), a list or tensor, one at a time, until eos_id comes.
+@dataclass
+class Sampler:
+    """How a token is chosen: the settings of `generate`, and the generator that chance comes from."""
 
-    temperature 0 takes the likeliest token. vocab_size leaves out the rows of the model that no token has. A text
-    that outgrows the context goes on from the newest half of it. The generator must be on the CPU: so a seed gives
-    the same text whatever device computed the logits. Raises ValueError for an empty prompt.
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    generator: torch.Generator | None = None
+
+    def distribution(self, logits, seen):
+        """Probabilities (..., V) of the next token, of logits (..., V) FP32 and the tokens `seen` (..., V) bool."""
+        if self.repetition_penalty != 1.0:
+            logits = penalize_repetition(logits, seen, self.repetition_penalty)
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return filter_logits(logits, self.temperature, self.top_k, self.top_p).softmax(-1)
+
+    def draw(self, weights):
+        """An index for each row of weights (B, V), as often as its share of their sum: (B,) int64.
+
+        The first whose sum with all before it passes a number drawn between 0 and the whole; a weight of 0 passes
+        nothing. In float64, where sums of thousands keep the small ones.
+        """
+        sums = weights.double().cumsum(-1)
+        goals = sums[:, -1:] * torch.rand(len(weights), 1, dtype=torch.float64, generator=self.generator)
+        return torch.searchsorted(sums, goals, right=True).clamp(max=weights.size(-1) - 1)[:, 0]
+
+
+class Reader:
+    """A model that has read some texts of one length, and what it remembers of them (its cache)."""
+
+    def __init__(self, model: Llama):
+        self.model, self.context = model, model.config.max_position_embeddings
+        self.start, self.cache = 0, None  # where in the texts its memory begins
+
+    def room(self, length: int) -> int:
+        """How many tokens more than `length` can be read before the oldest have to be forgotten."""
+        return max(0, self.start + self.context - length) if self.cache else self.context - length
+
+    def read(self, texts: list[list[int]], count: int = 1):
+        """The logits (B, count, V), FP32 on the CPU, that follow each of the last `count` ids of B texts.
+
+        The texts may differ from those read before in their last `count` ids, and be longer. Texts that are alike are
+        read once. One that outgrows the context is read again from its newest half on.
+        """
+        length, device = len(texts[0]), self.model.lm_head.weight.device
+        if not self.cache or length - self.start > self.context:
+            keep = max(1, self.context // 2) if self.cache else self.context
+            self.start, self.cache = max(0, length - keep), self.model.new_cache(self.context)
+        self.cache.length = min(self.cache.length, length - self.start - count)
+        fresh = [text[self.start + self.cache.length:] for text in texts]
+        once = self.cache.length == 0 and all(text == fresh[0] for text in fresh)
+        logits, _ = self.model(torch.tensor(fresh[:1] if once else fresh, device=device), cache=self.cache)
+        if once and len(fresh) > 1:
+            self.cache.repeat(len(fresh))
+        return logits[:, -count:].float().cpu().expand(len(fresh), -1, -1)
+
+
+@torch.no_grad()
+def generate_batch(model: Llama, input_ids, num_samples: int, max_new_tokens: int, temperature: float = 0.0,
+                   top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+                   eos_id: int | None = None, vocab_size: int | None = None,
+                   generator: torch.Generator | None = None) -> Iterator[list[int | None]]:
+    """Yield num_samples ids at a time, the next of as many texts that begin with input_ids (T,), a list or tensor.
+
+    A text that has come to eos_id goes on with None, until all have or max_new_tokens have been yielded. temperature 0
+    takes the likeliest token. vocab_size leaves out the rows of the model that no token has. A text that outgrows the
+    context goes on from the newest half of it. The generator must be on the CPU: so a seed gives the same text whatever
+    device computed the logits. Raises ValueError for an empty prompt.
     """
-    ids = torch.as_tensor(input_ids, dtype=torch.int64).flatten().tolist()
-    if not ids:
+    prompt = torch.as_tensor(input_ids, dtype=torch.int64).flatten().tolist()
+    if not prompt:
         raise ValueError("input_ids is empty; begin a document with the end-of-document token")
-    context, device = model.config.max_position_embeddings, model.lm_head.weight.device
-    cache = None
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, generator)
+    reader, texts = Reader(model), [list(prompt) for _ in range(num_samples)]
+    seen = torch.zeros(num_samples, vocab_size or model.config.vocab_size, dtype=torch.bool)
+    seen[:, prompt] = True
+    ended = set()
     for _ in range(max_new_tokens):
-        if cache is None or cache.length == context:
-            # Prefill: what fits of the prompt or, when the cache is full, the newest half of it, in one pass
-            keep = context if cache is None else max(1, context // 2)
-            fresh, cache = ids[-keep:], KVCache(context)
-        else:
-            fresh = ids[-1:]
-        logits, _ = model(torch.tensor([fresh], device=device), cache=cache)
-        logits = logits[0, -1, :vocab_size].float().cpu()  # (V,)
-        if repetition_penalty != 1.0:
-            logits = penalize_repetition(logits, torch.tensor(sorted(set(ids))), repetition_penalty)
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token == eos_id:
+        logits = reader.read(texts)[:, -1, :vocab_size]  # (B, V)
+        probabilities = sampler.distribution(logits, seen)
+        tokens = probabilities.argmax(-1) if temperature == 0 else sampler.draw(probabilities)  # (B,)
+        seen.scatter_(1, tokens[:, None], True)
+        for text, token in zip(texts, tokens.tolist()):
+            text.append(token)
+        ended |= {row for row, text in enumerate(texts) if text[-1] == eos_id}
+        if len(ended) == num_samples:
             return
-        ids.append(token)
+        yield [None if row in ended else text[-1] for row, text in enumerate(texts)]
+
+
+def generate(model: Llama, input_ids, max_new_tokens: int, *settings, **more) -> Iterator[int]:
+    """Yield up to max_new_tokens ids that follow input_ids (T,), one at a time, until eos_id comes.
+
+    The settings, and what is raised, are those of `generate_batch`.
+    """
+    for [token] in generate_batch(model, input_ids, 1, max_new_tokens, *settings, **more):
         yield token
 
 
@@ -163,50 +245,124 @@ def run_quiz(path: Path, model: Llama, vocabulary):
             print(f"  {kind}: " + ";  ".join(answers[:6]))
 
 
-def main(argv: list[str]):
-    options = parse(Options, argv)
-    run = options.checkpoint or checkpoint.newest_run()
-    step_dir = checkpoint.find(run, options.which)
+def note(text: str):
+    """Say something about a text, and so not mixed with it: `python sample.py ... > text.txt` is the text."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def continuations(options: Options, model, draft, vocabulary, generator) -> Iterator[list[int | None]]:
+    """The ids that follow the prompt, for each sample one at a time. draft is another model, "lookup" or None."""
+    settings = dict(temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k,
+                    top_p=options.top_p, repetition_penalty=options.repetition_penalty, eos_id=vocabulary.eos_id,
+                    vocab_size=vocabulary.vocab_size, generator=generator)
+    input_ids, count = prompt_ids(vocabulary, options.prompt), options.max_new_tokens
+    if draft is None:
+        yield from generate_batch(model, input_ids, options.num_samples, count, **settings)
+    else:
+        import speculative  # which imports this file
+        guessing = speculative.generate(model, draft, input_ids, count, options.draft_tokens, **settings)
+        yield from ([token] for token in guessing)
+
+
+def respond(options: Options, model, draft, vocabulary, generator: torch.Generator):
+    """Print the prompt and how it goes on: the first sample as it is written, the others after it."""
+    prompt, context = clean_prompt(options.prompt), model.config.max_position_embeddings
+    length = len(prompt_ids(vocabulary, prompt))
+    if not options.prompt:
+        note("[the prompt is empty: beginning a new document]")
+    if length > context:
+        note(f"[the prompt has {length:,} tokens: the model sees the last {context:,} of them]")
+    if options.num_samples > 1:
+        note(f"[sample 1 of {options.num_samples}]")
+    started, count = time.monotonic(), 0
+    streams = [vocabulary.stream() for _ in range(options.num_samples)]
+    texts = [""] * options.num_samples
+    print(prompt, end="", flush=True)
+    for tokens in continuations(options, model, draft, vocabulary, generator):
+        pieces = ["" if token is None else stream.push(token) for stream, token in zip(streams, tokens)]
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+        print(pieces[0], end="", flush=True)
+        count += sum(token is not None for token in tokens)
+    print(streams[0].finish(), flush=True)
+    for number in range(1, options.num_samples):
+        note(f"[sample {number + 1} of {options.num_samples}]")
+        print(prompt + texts[number] + streams[number].finish(), flush=True)
+    seconds = time.monotonic() - started
+    note(f"[{count} tokens, {count / seconds:.0f} tokens/s"
+         + (", ended by itself]" if count < options.num_samples * options.max_new_tokens else "]"))
+
+
+def converse(options: Options, *rest):
+    """Ask for prompts and continue them, until the end of the input. Ctrl-C ends a text."""
+    try:
+        import readline  # noqa: F401 (input() edits lines and remembers them where this is there)
+    except ImportError:
+        pass
+    fixed = ("checkpoint", "which", "quiz", "interactive", "backend", "dtype", "int8_activations", "compile", "speculative")
+    note('[a prompt, or options such as --temperature 0.5; Ctrl-C ends a text, Ctrl-D ends all]')
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return print()
+        try:
+            if line.startswith("--"):
+                changed = parse(Options, shlex.split(line), default=options)
+                stuck = [name for name in fixed if getattr(changed, name) != getattr(options, name)]
+                if stuck:
+                    raise BadInput(f"--{stuck[0]} is for the start: leave, and give it on the command line")
+                options = changed
+            else:
+                respond(replace(options, prompt=line), *rest)
+        except KeyboardInterrupt:
+            note("\n[stopped]")
+        except SystemExit:  # --help
+            pass
+        except ValueError as error:  # BadInput, and shlex's about quotation marks
+            note(f"error: {error}")
+
+
+def load_model(path: Path, options: Options, device: backend.Backend, lengths: tuple[int, ...]):
+    """A checkpoint's model as the options want it, and its tokenizer: (model, vocabulary). Says what it is.
+
+    If it is to be compiled, so it will be for inputs of these lengths.
+    """
+    step_dir = checkpoint.find(path, options.which)
     model, state = checkpoint.load_model(step_dir)
     vocabulary = checkpoint.load_tokenizer(step_dir, state)
-    device = backend.pick(options.backend, options.dtype, tpu=False)
-    model.to(device.device)
-
-    def note(text: str):  # about the text, and so not mixed with it: `python sample.py ... > text.txt` is the text
-        print(text, file=sys.stderr, flush=True)
-
     bits = f", {state['bits_per_byte']:.4f} bits per byte held out" if "bits_per_byte" in state else ""
     curves = checkpoint.run_dir(step_dir) / "curves.png"
     note(f"[{step_dir}: {model.num_parameters():,} parameters, {state['step']:,} steps{bits}"
          + (f"; curves in {curves}]" if curves.is_file() else "]"))
-    with device.autocast():
-        if options.quiz:
-            return run_quiz(options.quiz, model, vocabulary)
+    model = decode.narrow(model.to(device.device), options.dtype, options.int8_activations)
+    if options.compile or options.compile is None and options.max_new_tokens >= decode.COMPILE_FROM:
+        started = time.monotonic()
+        model, reason = decode.compile(model, options.num_samples, lengths)
+        seconds = time.monotonic() - started
+        note(f"[torch.compile failed, going on without it: {reason}]" if reason else f"[compiled in {seconds:.0f} s]")
+    return model, vocabulary
 
-        input_ids = prompt_ids(vocabulary, options.prompt)
-        context = model.config.max_position_embeddings
-        if not options.prompt:
-            note("[the prompt is empty: beginning a new document]")
-        if len(input_ids) > context:
-            note(f"[the prompt has {len(input_ids):,} tokens: the model sees the last {context:,} of them]")
-        generator = torch.Generator()
-        generator.seed() if options.seed is None else generator.manual_seed(options.seed)
-        for number in range(options.num_samples):
-            if options.num_samples > 1:
-                note(f"[sample {number + 1} of {options.num_samples}]")
-            started, count = time.monotonic(), 0
-            stream = vocabulary.stream()
-            print(clean_prompt(options.prompt), end="", flush=True)
-            temperature = 0.0 if options.greedy else options.temperature
-            for token in generate(model, input_ids, options.max_new_tokens, temperature, options.top_k, options.top_p,
-                                  options.repetition_penalty, vocabulary.eos_id, vocabulary.vocab_size, generator):
-                print(stream.push(token), end="", flush=True)
-                count += 1
-            print(stream.finish(), flush=True)
-            seconds = time.monotonic() - started
-            note(f"[{count} tokens, {count / seconds:.0f} tokens/s"
-                 + (", ended by itself]" if count < options.max_new_tokens else "]"))
+
+def main(argv: list[str]):
+    options = parse(Options, argv)
+    device = backend.pick(options.backend, "float32", tpu=False)
+    if options.int8_activations and device.device.type != "cpu":
+        raise BadInput("--int8_activations is for CPUs: add --backend cpu, or leave it out")
+    draft = options.speculative
+    model, vocabulary = load_model(options.checkpoint or checkpoint.newest_run(), options, device,
+                                   (1, options.draft_tokens + 1) if draft else (1,))
+    if draft not in (None, "lookup"):
+        draft, theirs = load_model(Path(draft), options, device, (1, 2))
+        if theirs.sha256 != vocabulary.sha256:
+            raise BadInput(f"--speculative {options.speculative}: it has another vocabulary, {theirs.name}, than the "
+                           f"model, {vocabulary.name}")
+    if options.quiz:
+        return run_quiz(options.quiz, model, vocabulary)
+    generator = torch.Generator()
+    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+    (converse if options.interactive else respond)(options, model, draft, vocabulary, generator)
 
 
 if __name__ == "__main__":
+    from sample import main  # that of the module that speculative.py imports, not of this second copy of it
     script(main)

@@ -1,0 +1,147 @@
+"""Decoding, made fast: weights that lie in memory in fewer bits, and a step compiled into a few loops.
+
+To write one token a model reads every weight once and does a multiplication and an addition with each. That is little
+work for so much reading, so a step can take no less time than the weights take to come from memory; what takes more
+than that is overhead. Hence two things, and either works without the other:
+
+1. Fewer bytes (`narrow`): the weights in 16 bits, or as INT8 with a scale for each row.
+2. No overhead (`Compiled`): torch.compile makes one program of the step for one token, in which a product of a weight
+   matrix and a vector is written as what it is, the sums of its rows. For that the compiler writes its own loop, which
+   keeps up with the memory, widens narrow weights on the way and takes in what stands before and after; a library's
+   matrix product, made for matrices, is two to four times as slow on the machines we had (BENCHMARKS.md).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import KVCache, Llama
+from quant_t4 import quantize
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+FEW = 8  # rows at most for which a library's usual product is the wrong one
+COMPILE_FROM = 2000  # tokens from which compiling pays. It takes longer for more layers, and saves more (BENCHMARKS.md).
+
+
+class NarrowLinear(nn.Module):
+    """A Linear whose weight lies in memory in another type than FP32.
+
+    In 16 bits it gives what a Linear gives under autocast, in that type. With INT8 weights inputs and results are as
+    they come, and the sums FP32; or (round_inputs) inputs are rounded to INT8 too, row by row, and the sums are those
+    of integers, as in quantization-aware training (quant_t4.py).
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, round_inputs: bool = False):
+        """weight (out, in) FP32; it is used itself, not copied, where that is its dtype."""
+        super().__init__()
+        self.round_inputs, self.scale = round_inputs, None
+        if dtype == torch.int8:
+            weight, scale = quantize(weight)  # (out, in), (out, 1)
+            self.scale = nn.Parameter(scale.flatten(), requires_grad=False)  # (out)
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)  # (out, in)
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1))  # (..., in) -> (rows, in)
+        if self.scale is None:
+            y = self.product(rows.to(self.weight.dtype))
+        elif self.round_inputs:
+            rows, row_scale = quantize(rows)
+            y = torch._int_mm(rows, self.weight.t()) * row_scale * self.scale
+        else:
+            y = self.product(rows) * self.scale
+        return y.reshape(*x.shape[:-1], -1)  # (rows, out) -> (..., out)
+
+    def product(self, rows):
+        """rows (rows, in) @ weight.T in the type of rows, widening the weight if need be: (rows, out)."""
+        compiling, on_cpu = torch.compiler.is_compiling(), rows.device.type == "cpu"
+        if len(rows) > FEW or not on_cpu:
+            return F.linear(rows, self.weight.to(rows.dtype))
+        if len(rows) == 1 and compiling:
+            return (self.weight.float() * rows.float()).sum(-1).to(rows.dtype).unsqueeze(0)  # (out, in) -> (1, out)
+        if self.scale is not None and not compiling:  # PyTorch's kernel for this takes bfloat16; the scale comes later
+            ones = torch.ones(len(self.weight), dtype=torch.bfloat16)
+            return torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).to(rows.dtype)
+        return (self.weight.to(rows.dtype) @ rows.t()).t()  # MKL is quicker with few columns than with few rows
+
+
+def narrow(model: Llama, dtype: str, round_inputs: bool = False) -> Llama:
+    """The model itself with all its Linears, the head too, as NarrowLinears of a type that DTYPES names.
+
+    Embedding and norms stay FP32. Nothing can be trained any more. The FP32 blocks are not spared: what makes training
+    stable is not missed when a trained model runs (BENCHMARKS.md).
+    """
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(parent, name, NarrowLinear(linear.weight.detach(), DTYPES[dtype], round_inputs))
+    return model.requires_grad_(False)
+
+
+class SummingCache(KVCache):
+    """A KVCache whose attention of a single token is written as sums, for the compiler to make loops of."""
+
+    def attend(self, q, k, v):
+        B, H, T, D = q.shape
+        if T > 1 or q.is_cuda:
+            return super().attend(q, k, v)
+        q = q.view(B, k.size(1), -1, 1, D).float()  # (B, H, 1, D) -> (B, K, H / K, 1, D)
+        k, v = k.unsqueeze(2).float(), v.unsqueeze(2).float()  # (B, K, 1, S, D)
+        weights = ((q * k).sum(-1) * D ** -0.5).softmax(-1)  # (B, K, H / K, S)
+        y = (weights.unsqueeze(-1) * v).sum(-2)  # (B, K, H / K, D)
+        return y.view(B, H, T, D)
+
+
+class Compiled:
+    """A narrowed model that runs compiled where its inputs have one of a few lengths, 1 above all; others run as before.
+
+    It has what sample.generate asks of a model. On a GPU the step is a CUDA graph for each length of the cache that is
+    read, which is rounded up to 256 so that they are few.
+    """
+
+    def __init__(self, model: Llama, lengths: tuple[int, ...] = (1,)):
+        self.model, self.config, self.lm_head, self.lengths = model, model.config, model.lm_head, lengths
+        on_gpu = model.model.cos.is_cuda
+        self.grain = 256 if on_gpu else 1
+
+        def step(input_ids, cache):
+            return model.lm_head(model.model(input_ids, cache))
+
+        step.__code__ = step.__code__.replace()  # a copy: programs are kept by code, and other models have theirs
+        self.step = torch.compile(step, mode="reduce-overhead" if on_gpu else None)
+        self.compiled = set()  # (B, T, length of the cache) of which there is a program
+
+    def new_cache(self, length: int) -> KVCache:
+        """An empty cache for texts of `length` tokens."""
+        return SummingCache(length, self.model.model.cos.device, self.grain)
+
+    @torch.no_grad()
+    def __call__(self, input_ids, cache):
+        """As Llama.forward with a cache: (logits (B, T, vocab_size), None)."""
+        if cache.length == 0 or input_ids.size(1) not in self.lengths:  # a prompt may be as short
+            return self.model(input_ids, cache=cache)
+        shape = *input_ids.shape, cache.max_length
+        cache.advance(input_ids.size(1))
+        torch._dynamo.mark_dynamic(cache.read, 0)  # a text grows: one program for all lengths
+        # Checking before every call that nothing has changed would take as long as a tenth of it; nothing has.
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=shape in self.compiled):
+            logits = self.step(input_ids, cache)
+        self.compiled.add(shape)
+        return logits, None
+
+
+@torch.no_grad()
+def compile(model: Llama, batch_size: int = 1, lengths: tuple[int, ...] = (1,)) -> tuple[Compiled | Llama, str]:
+    """The narrowed model compiled for batches of this size, or the model itself and a line that says why it cannot be.
+
+    Compiling happens here: seconds for each layer, fewer where PyTorch has kept the program from an earlier run.
+    """
+    compiled = Compiled(model, lengths)
+    try:
+        for length in lengths:
+            cache = compiled.new_cache(model.config.max_position_embeddings)
+            ids = torch.zeros(batch_size, length, dtype=torch.int64, device=model.model.cos.device)
+            model(ids, cache=cache)
+            compiled(ids, cache)
+    except Exception as error:  # whatever the compiler, the linker or the driver may raise
+        return model, (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return compiled, ""
