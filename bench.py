@@ -6,6 +6,9 @@ How fast this code is, next to its peers.
     python bench.py prepare                   # from Parquet to bins
     python bench.py t4                        # the INT8 linears; what a GPU of --capability 7.5 will choose
     python bench.py qat                       # what quantization-aware training buys, by training it
+    python bench.py train                     # a training step, next to the plain transformers loop
+    python bench.py decode                    # tokens, next to transformers and (make compat) llama.cpp
+    python bench.py start                     # from a command to its first step and its first token; the batches
 
 A speed alone says as much about the machine as about the code. So a peer runs in the same
 process, the runs of all contestants alternate (a machine that slows down slows them all), the figure
@@ -33,11 +36,14 @@ import torch
 
 import backend
 import checkpoint
+import decode
+import export
 import prepare
 import quant_t4
+import sample
 import tokenizer
 import train
-from config import Source, load
+from config import BadInput, Source, load
 from data import Batches, read_meta
 from model import Llama, takes_grouped_heads
 from vocabulary import COMPILED, VocabularyError
@@ -401,7 +407,232 @@ def bench_qat(arguments):
              for name, (fp32, ptq, qat_fp32, qat) in zip(names, rows)])
 
 
-SECTIONS = {"tokenizer": bench_tokenizer, "prepare": bench_prepare, "t4": bench_t4, "qat": bench_qat}
+# -----------------------------------------------------------------------------
+# train
+
+def machine():
+    """The machine in words: its cores and what its vector unit can do."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags]
+    return f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, {' '.join(known) or 'CPU'}"
+
+
+def wait():
+    """Until the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gemm_rate(dtype, device):
+    """FLOP/s of one matrix product of the size that training has, the best of 20."""
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ b
+        wait()
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def theirs(config):
+    """transformers' Llama of the same shape, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(**export.llama_config(config, 0, "float32")))
+
+
+def training_step(model, loss, device, dtype):
+    """A function that trains for one step of loss(), as both loops do it: forward, backward, clip, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait()
+
+    return step
+
+
+def bench_train(arguments):
+    """Training tokens/s of Stentor3-20M's shape: this model and transformers', eager and compiled."""
+    config, rows = load([str(CONFIGS / "stentor3_20m.py")]).model, []
+    device = backend.pick(tpu=False)
+    for B, T in arguments.shapes:
+        ids, targets = (torch.randint(config.vocab_size, (B, T), device=device.device) for _ in range(2))
+        steps, first, dtypes = {}, {}, {"FP32": torch.float32, "BF16": torch.bfloat16}
+        for precision, dtype in dtypes.items():
+            model, peer = Llama(config).to(device.device), theirs(config).to(device.device)
+            compiled = torch.compile(Llama(config).to(device.device))
+            losses = {f"transformers, {precision}": (peer, lambda m=peer: m(input_ids=ids, labels=targets).loss),
+                      f"eager, {precision}": (model, lambda m=model: m(ids, targets)[1]),
+                      f"compiled, {precision}": (compiled, lambda m=compiled: m(ids, targets)[1])}
+            for name, (trained, loss) in losses.items():
+                steps[name] = training_step(trained, loss, device.device, dtype)
+                start = time.perf_counter()
+                steps[name]()
+                first[name] = time.perf_counter() - start
+        seconds = alternate(steps, arguments.rounds)
+        flops = B * T * Llama(config).flops_per_token(T)
+        rates = {name: gemm_rate(dtype, device.device) for name, dtype in dtypes.items()}
+        for name, time_ in seconds.items():
+            precision = name.split()[-1]
+            rows.append((f"{B} x {T:,}", name, f"{B * T / time_:,.0f}",
+                         f"{seconds[f'transformers, {precision}'] / time_:.2f}",
+                         f"{seconds['transformers, FP32'] / time_:.2f}", f"{flops / time_ / rates[precision]:.0%}",
+                         f"{first[name]:.0f} s"))
+    print(f"Stentor3-20M's shape, {machine()}, torch {torch.__version__}, medians of {arguments.rounds}; BF16 is "
+          f"autocast, of ours with the FP32 blocks and norms\n")
+    return ("batch", "what", "tokens/s", "x transformers, same precision", "x transformers, FP32",
+            "of the GEMM rate", "first step"), rows
+
+
+# -----------------------------------------------------------------------------
+# decode
+
+def reading_time(megabytes):
+    """Seconds to read so many MB of memory once: their sum, the median of 30."""
+    numbers = torch.ones(int(megabytes * 1e6 / 4))
+    return alternate({"": numbers.sum}, 30)[""]
+
+
+def llama_cpp(folder, model, kind):
+    """A function that has llama.cpp take `count` tokens one after the other, after a prompt; None where it is not
+    installed. Choosing tokens is left out."""
+    if importlib.util.find_spec("llama_cpp") is None or importlib.util.find_spec("gguf") is None:
+        return None
+    import llama_cpp
+    from export_gguf import write_gguf
+    write_gguf(folder, model, "bench", tokenizer.load("quickstart-2048", "portable"), kind)
+    path = max(folder.glob("*.gguf"), key=lambda path: path.stat().st_mtime)
+    engine = llama_cpp.Llama(str(path), n_ctx=model.config.max_position_embeddings, verbose=False,
+                             n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads())
+
+    def run(prompt, count):
+        engine.reset()
+        engine.eval(prompt)
+        for token in range(count):
+            engine.eval([token])
+
+    return run
+
+
+def bench_decode(arguments):
+    """Tokens/s of Stentor3-20M's shape: greedy texts of 128 tokens after 32."""
+    config, count = load([str(CONFIGS / "stentor3_20m.py")]).model, 128
+    prompt = torch.randint(config.vocab_size, (32,)).tolist()
+    torch.manual_seed(0)
+    plain = Llama(config).eval()
+
+    def narrowed(dtype, **more):
+        model = Llama(config)
+        model.load_state_dict(plain.state_dict())
+        return decode.narrow(model.to(device.device), dtype, **more)
+
+    def text(model, samples=1, **settings):
+        return lambda: list(sample.generate_batch(model, prompt, samples, count, **settings))
+
+    device = backend.pick(dtype="float32", tpu=False)
+    peer = theirs(config).to(device.device).eval()
+    ids = torch.tensor([prompt], device=device.device)
+    runs = {"transformers, FP32": lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                                        min_new_tokens=count, max_new_tokens=count, pad_token_id=0)}
+    tokens, first = {"transformers, FP32": count}, {}
+    kinds = {"fp32": "float32", "bf16": "bfloat16", "int8": "q8_0"}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype, kind in kinds.items():
+            name = dtype.upper()
+            model = narrowed(dtype)
+            runs[f"eager, {name}"] = text(model)
+            runs[f"eager, {name}, 8 at once"] = text(model, 8)
+            for samples, label in ((1, f"compiled, {name}"), (8, f"compiled, {name}, 8 at once")):
+                start = time.perf_counter()
+                compiled, reason = decode.compile(model, samples)
+                first[label] = time.perf_counter() - start
+                runs[label] = text(compiled, samples)
+                if samples == 1:
+                    runs[f"{label}, with filters"] = text(compiled, temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+            if dtype == "int8":
+                dynamic = narrowed("int8", round_inputs=True)
+                runs["eager, INT8 inputs too"], runs["eager, INT8 inputs too, 8 at once"] = text(dynamic), text(dynamic, 8)
+            engine = llama_cpp(Path(folder), plain, kind)
+            if engine:
+                runs[f"llama.cpp, {name}"] = lambda engine=engine: engine(prompt, count)
+        seconds = alternate(runs, arguments.rounds)
+    weights = sum(m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Linear)) / 1e6
+    limits = {dtype.upper(): reading_time(weights * decode.DTYPES[dtype].itemsize) for dtype in kinds}
+    rows = []
+    for name, time_ in seconds.items():
+        what, precision = name.split(", ")[:2] if "inputs" not in name else (name, "INT8")
+        samples = 8 if "8 at once" in name else 1
+        single = seconds[name.removesuffix(", 8 at once")] / time_ * samples
+        peer_time = seconds.get(f"llama.cpp, {precision}")
+        rows.append((name, f"{samples * count / time_:,.0f}",
+                     f"{samples * seconds['transformers, FP32'] / time_:.2f}",
+                     f"{samples * peer_time / time_:.2f}" if peer_time else "",
+                     f"{single:.1f}" if samples > 1 else "",
+                     f"{limits[precision[:4]] * count / time_:.0%}" if samples == 1 else "",
+                     f"{first[name]:.0f} s" if name in first else ""))
+    print(f"Stentor3-20M's shape, random weights, {machine()}, torch {torch.__version__}; {count} greedy tokens after "
+          f"{len(prompt)}, reading these included, medians of {arguments.rounds}\n")
+    return ("what", "tokens/s", "x transformers, FP32", "x llama.cpp, same type", "x one at a time",
+            "of the reading speed", "compiled in"), rows
+
+
+# -----------------------------------------------------------------------------
+# start
+
+def until(command, sign, folder):
+    """Seconds from starting a command in a folder until it prints a line with this sign; then it is asked to stop."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    for line in process.stdout:
+        if sign in line:
+            break
+    else:
+        sys.exit(f"bench.py: {' '.join(command)} ended without {sign!r}")
+    seconds = time.perf_counter() - start
+    process.terminate()
+    process.communicate()
+    return seconds
+
+
+def bench_start(arguments):
+    """Seconds from a command to what its user waits for, next to what importing torch takes; and the data's share."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        config = load([])
+        read_meta(config)
+        training = [str(here / "train.py"), f"--data_dir={config.data_dir.resolve()}", "--overwrite", "--log_interval=1"]
+        commands = {"import torch": (["-c", "import torch; print('done')"], "done"),
+                    "train.py, first step": (training, "step      1/"),
+                    "sample.py, first token": ([str(here / "sample.py"), "--max_new_tokens=1"], "[1 tokens")}
+        seconds = alternate({name: lambda command=command: until(*command, folder) for name, command in commands.items()},
+                            arguments.rounds)
+        rows = [(name, f"{time_:.2f} s", f"{time_ / seconds['import torch']:.1f} x importing torch")
+                for name, time_ in seconds.items()]
+    batches = Batches(config, "train")
+    numbers = iter(range(10**6))
+    tokens = config.tokens_per_step / alternate({"": lambda: batches[next(numbers) % 1000]}, 100)[""]
+    rows.append(("batches of the quickstart", f"{tokens:,.0f} tokens/s", "one thread; a training step takes the rest"))
+    print(f"{machine()}, medians of {arguments.rounds}\n")
+    return ("what", "time or speed", "next to"), rows
+
+
+def pair(text):
+    """B x T of a command line, "8x256", as two numbers."""
+    B, T = text.split("x")
+    return int(B), int(T)
+
+
+SECTIONS = {"tokenizer": bench_tokenizer, "prepare": bench_prepare, "t4": bench_t4, "qat": bench_qat,
+            "train": bench_train, "decode": bench_decode, "start": bench_start}
 
 
 def main():
@@ -414,12 +645,14 @@ def main():
     parser.add_argument("--capability", default="7.5", help="of the GPU to tell of (default: %(default)s, a T4's)")
     parser.add_argument("--seeds", type=int, default=3, help="to train with (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1200, help="to train for (default: %(default)s)")
+    parser.add_argument("--shapes", type=pair, nargs="+", default=[(8, 256), (2, 1024)],
+                        help="of the batches to train on (default: 8x256 2x1024)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     arguments = parser.parse_args()
     try:
         header, rows = SECTIONS[arguments.section](arguments)
-    except VocabularyError as error:
+    except (BadInput, VocabularyError) as error:
         sys.exit(f"bench.py: {error}")
     show(header, rows, arguments.markdown)
 
