@@ -114,7 +114,7 @@ def find(path: Path, which: str = "latest") -> Path:
     pointer = path / which if (path / which).is_file() else path / "latest"
     if not pointer.is_file():
         raise BadInput(f"there is no checkpoint in {path}; train one with train.py")
-    step_dir = path / pointer.read_text().strip()
+    step_dir = path / pointer.read_text(errors="replace").strip()
     if not (step_dir / "state.json").is_file():
         raise BadInput(f"{pointer} names {step_dir.name}, which is not there; choose another step of {path}")
     return step_dir

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import secrets
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
@@ -77,8 +78,8 @@ def find_models(options: Options) -> Shelf:
         for pointer in sorted(Path("out").glob("*/latest")):
             try:
                 entries.append(exhibits.our_entry(pointer.parent, device))
-            except BadInput as error:
-                print(f"[left out: {brief(error)}]", file=sys.stderr)
+            except (ValueError, OSError) as error:  # ValueError: BadInput, and what is not even text
+                print(f"[{pointer.parent} is left out: {brief(error)}]", file=sys.stderr)
     entries += [exhibits.their_entry(name, options.trust_remote_code, device) for name in options.hf]
     if not entries:
         checkpoint.newest_run()  # says what to do where there is none
@@ -287,6 +288,14 @@ def meet(shelf: Shelf, mode: str, left: str, right: str, prompt: str, length: fl
     yield shown, "Which is better?", match
 
 
+def scores(votes: Path) -> str:
+    """Arena: the table of all votes as HTML, or why there is none."""
+    try:
+        return exhibits.score_table(exhibits.standings(exhibits.read(votes)))
+    except (sqlite3.Error, OSError) as error:
+        return f"<p>{safe(f'{votes} cannot be read: {brief(error)}')}</p>"
+
+
 def vote(shelf: Shelf, votes: Path, match: dict | None, verdict: str):
     """Arena: keep a verdict and reveal the names; yields (texts, status, no match, standings)."""
     if match is None:
@@ -295,7 +304,7 @@ def vote(shelf: Shelf, votes: Path, match: dict | None, verdict: str):
     names = [f"{side} · {name} ({size(shelf.entry(name).parameters)})"
              for side, name in (("A", match["model_a"]), ("B", match["model_b"]))]
     shown = cards([card(name, match["prompt"], text) for name, text in zip(names, (match["text_a"], match["text_b"]))])
-    yield shown, f"Your vote is kept: {verdict}.", None, exhibits.score_table(exhibits.standings(exhibits.read(votes)))
+    yield shown, f"Your vote is kept: {verdict}.", None, scores(votes)
 
 
 def dialogue(turns: list[tuple[str, str]], message: str, user: str, model: str) -> str:
@@ -326,8 +335,11 @@ def chat(shelf: Shelf, name: str, message: str, user: str, model: str, temperatu
         left_out += 1
     if len(ids) > room:  # one message that is too long: its end, and the model's tag
         prompt, ids = loaded.vocabulary.decode(ids[-room:]), ids[-room:]
-    note, started = [f"{left_out} turns no longer fit"] if left_out else [], time.monotonic()
+    note, started = [f"turns left out: {left_out}"] if left_out else [], time.monotonic()
     for [new], [text] in unroll(completions(loaded, ids, o), [decoder(loaded, ids)], halt):
+        if "again" in halt:  # this comes last, after whatever was on its way to the page
+            yield exhibits.bubbles([]), "", "", []
+            return
         ends = [at for tag in (user, model) if (at := text.find("\n" + tag)) >= 0]
         reply = text[:min(ends, default=len(text))].strip()
         status = figures(len(new), started, halt, f"prompt of {len(ids):,} tokens", *note)
@@ -387,13 +399,13 @@ def in_page(function, *first):
     return handler
 
 
-def starts(button, stop, handler, inputs: list, outputs: list, enter: list = ()):
+def starts(button, stop, handler, inputs: list, outputs: list, enter: list = (), halt=None):
     """Let a button start a handler, or the Enter key in some boxes, and another button stop it; returns the event.
 
     What stops it is a list, this user's own, that the handler looks at. (gradio can cancel an event too, but what was
     on its way to the page then still arrives after the news that it has stopped.)
     """
-    halt = gr.State([])
+    halt = halt or gr.State([])
 
     def begin(*arguments):
         arguments[-1].clear()
@@ -499,7 +511,7 @@ def arena_tab(shelf: Shelf, choices: list, votes: Path):
     with gr.Row():
         verdicts = [gr.Button(name) for name in ("A is better", "B is better", "Tie", "Both bad")]
     gr.HTML("<h4>All votes so far</h4>")
-    table = gr.HTML(lambda: exhibits.score_table(exhibits.standings(exhibits.read(votes))), elem_id="standings")
+    table = gr.HTML(lambda: scores(votes), elem_id="standings")
     starts(go, stop, in_page(meet, shelf), [mode, left, right, prompt, length], [texts, status, match])
     for button, verdict in zip(verdicts, exhibits.VERDICTS):
         button.click(in_page(vote, shelf, votes), [match, gr.State(verdict)], [texts, status, match, table],
@@ -521,9 +533,15 @@ def chat_tab(shelf: Shelf, choices: list):
             go, stop, clear = buttons("Send", "Stop", "Begin again")
             with gr.Accordion("The full prompt", open=False):
                 prompt = gr.Textbox(show_label=False, lines=4, max_lines=20, interactive=False, elem_id="full")
+    halt = gr.State([])
     starts(go, stop, in_page(chat, shelf), [model, message, user, reply, temperature, length, turns],
-           [talk, prompt, status, turns], [message]).success(lambda: "", None, message, show_progress="hidden")
-    clear.click(lambda: (exhibits.bubbles([]), "", "", []), None, [talk, prompt, status, turns], show_progress="hidden")
+           [talk, prompt, status, turns], [message], halt).success(lambda: "", None, message, show_progress="hidden")
+
+    def again(halt):
+        halt.append("again")
+        return exhibits.bubbles([]), "", "", []
+
+    clear.click(again, halt, [talk, prompt, status, turns], show_progress="hidden")
 
 
 def inside_tab(shelf: Shelf, choices: list):
@@ -584,6 +602,8 @@ def main(argv: list[str]):
     blocks = page(find_models(options), VOTES)
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"],
                               font_mono=["ui-monospace", "monospace"])  # no fonts from elsewhere
+    # gradio asks itself whether it is there: a network's proxy would not know.
+    os.environ["no_proxy"] = f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY', '')},127.0.0.1"
     try:
         blocks.launch(server_name="127.0.0.1", server_port=options.port, share=False, ssr_mode=False,
                       run_history=False, footer_links=[], theme=theme, css=exhibits.CSS, quiet=True,

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +122,7 @@ def our_entry(path: Path, device: torch.device) -> Entry:
         raise BadInput(f"{step_dir / 'state.json'} does not describe a model: {error!r}") from error
 
     def load() -> Loaded:
+        step_dir = checkpoint.find(path, "best")  # again: a run that is training has replaced it by now
         model, state = checkpoint.load_model(step_dir)
         return Loaded(name, model.to(device).eval(), checkpoint.load_tokenizer(step_dir, state))
 
@@ -172,6 +173,7 @@ class Shelf:
                 entry.name, again = f"{name} ({again})", again + 1
             self.entries[entry.name] = entry
         self.loaded, self.lock = {}, threading.Lock()
+        self.loading = {name: threading.Lock() for name in self.entries}
 
     def entry(self, name: str) -> Entry:
         """Raises BadInput for a name that is not there."""
@@ -180,13 +182,16 @@ class Shelf:
         return self.entries[name]
 
     def get(self, name: str) -> Loaded:
-        """A model, loaded if need be; users who ask at the same time wait for each other."""
+        """A model, loaded if need be; users who ask for the same one at the same time wait for each other."""
         entry = self.entry(name)
-        with self.lock:
-            self.loaded[name] = self.loaded.pop(name, None) or entry.load()  # the last used is the last
-            while len(self.loaded) > IN_MEMORY:
-                del self.loaded[next(iter(self.loaded))]
-            return self.loaded[name]
+        with self.loading[name]:
+            loaded = self.loaded.get(name) or replace(entry.load(), name=name)
+            with self.lock:
+                self.loaded.pop(name, None)
+                self.loaded[name] = loaded  # the last used is the last
+                while len(self.loaded) > IN_MEMORY:
+                    del self.loaded[next(iter(self.loaded))]
+        return loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------

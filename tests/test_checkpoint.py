@@ -330,6 +330,13 @@ def test_full_disk(rng, tmp_path):
     save(tmp_path, model, optimizer, 2, padding="x" * 100_000)
 
 
+def test_a_pointer_that_is_no_text(rng, tmp_path):
+    """A `latest` that a broken disk has filled with anything is said to name nothing that is there."""
+    (tmp_path / "latest").write_bytes(b"\xff\x00" + rng.randbytes(20))
+    with pytest.raises(BadInput, match="choose another step"):
+        checkpoint.find(tmp_path)
+
+
 def test_a_pointer_that_cannot_be_replaced(rng, tmp_path):
     """A directory where a pointer's partial file should go stops a save; the run stays whole."""
     model, optimizer = trained()

@@ -248,6 +248,15 @@ def test_stop(rng, shelf):
         assert call.func is not demo.write or 0 < shown[-1][2][0]["tokens"] < 100
 
 
+def test_begin_again_in_the_middle_of_a_reply(shelf):
+    """The reply that was on its way does not bring the conversation back."""
+    halt = []
+    steps = demo.chat(shelf, "a", "x", "User:", "Assistant:", 1, 32, [("a", "b")], halt)
+    assert [len(next(steps)[3]) for _ in range(2)] == [1, 2]
+    halt.append("again")
+    assert last(steps) == (exhibits.bubbles([]), "", "", [])
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_sweep_marks_where_they_part(rng, shelf, count):
     """Each column is sample.generate's text at its temperature, with the same seed; the mark stands behind the last
@@ -297,7 +306,7 @@ def test_chat_prompt(rng, shelf, monkeypatch, count):
     kept = prompt.count("User:") - 1
     if kept < count:  # one more would not have fitted
         more = sample.prompt_ids(VOCABULARY, "".join(lines[count - kept - 1:]) + "User: and now?\nAssistant:")
-        assert len(more) + length > CONTEXT and f"{count - kept} turns no longer fit" in note
+        assert len(more) + length > CONTEXT and f"turns left out: {count - kept}" in note
     assert "and now?" in Page(shown).text and "why" not in Page(shown).text
 
 
@@ -663,8 +672,11 @@ def test_find_models(tmp_path, rng, monkeypatch, capsys):
     save_run(tmp_path / "other" / "one", rng)
     (tmp_path / "out" / "broken").mkdir()
     (tmp_path / "out" / "broken" / "latest").write_text("step_00000007")
+    (tmp_path / "out" / "noise").mkdir()
+    (tmp_path / "out" / "noise" / "latest").write_bytes(b"\xff\0")
     shelf = demo.find_models(demo.Options())
-    assert list(shelf.entries) == ["one", "two"] and "broken" in capsys.readouterr().err
+    left_out = capsys.readouterr().err
+    assert list(shelf.entries) == ["one", "two"] and "out/broken" in left_out and "out/noise" in left_out
     ids = torch.tensor([[rng.randrange(2048) for _ in range(9)]])
     for name, model in models.items():
         assert torch.equal(shelf.get(name).model(ids)[0], model(ids)[0])
@@ -698,6 +710,48 @@ def test_shelf_loads_once(rng):
     assert loads == names and set(shelf.loaded) == {names[0], *names[-exhibits.IN_MEMORY + 1:]}
 
 
+def test_a_slow_load_keeps_nobody_else_waiting(rng):
+    """While one model is loading, another can be had."""
+    done, model = threading.Event(), llama()
+
+    def load(name):
+        assert name == "b" or done.wait(10), "the other user had to wait"
+        return Loaded(name, model, VOCABULARY)
+
+    shelf = Shelf([Entry(name, 1, 1, True, partial(load, name)) for name in "ab"])
+    slow = threading.Thread(target=shelf.get, args=("a",))
+    slow.start()
+    quick = threading.Thread(target=lambda: (shelf.get("b"), done.set()))
+    quick.start()
+    for user in (quick, slow):
+        user.join()
+    assert set(shelf.loaded) == set("ab")
+
+
+def test_models_of_one_name(rng):
+    """Of two runs of one name, a picked token shows the alternatives of the model that has read the text."""
+    models = [llama(), llama()]
+    shelf = shelf_of(*models, names=["run", "run"])
+    for name, model in zip(("run", "run (2)"), models):
+        state = last(demo.survey(shelf, name, "def read(self):"))[2]
+        p = in_float64(model, state["ids"])[0]
+        shown = Page(last(demo.pick(shelf, state, 1, 1, 1, 0))).all("td")[2][2]
+        assert abs(float(shown[:-1]) / 100 - float(p.max())) < 6e-4
+
+
+def test_a_run_that_goes_on_training(tmp_path, rng, monkeypatch):
+    """A run whose checkpoint was replaced after the demo had started gives the newer one."""
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "out" / "one", rng)
+    shelf = demo.find_models(demo.Options())
+    old = checkpoint.find(tmp_path / "out" / "one")
+    model, state = llama(), checkpoint.read_state(old)
+    checkpoint.save(tmp_path / "out" / "one", model, None, state | {"step": 1000}, True, 1)
+    assert not old.exists()
+    ids = torch.tensor([[rng.randrange(2048) for _ in range(9)]])
+    assert torch.equal(shelf.get("one").model(ids)[0], model(ids)[0])
+
+
 @pytest.mark.parametrize("arguments, word", [
     ([], "no trained model under out/"), (["--checkpoint", "out/none"], "no checkpoint in out"),
     (["--hf", "none/such/model"], "cannot load none/such/model"), (["--port", "0"], "port is 0"),
@@ -715,6 +769,17 @@ def test_gradio_is_missing(in_process, monkeypatch):
     monkeypatch.setattr(demo, "gr", None)
     code, out, err = in_process(demo.main)
     assert code == 2 and out == "" and err.count("\n") == 1 and "pip install -r requirements-demo.txt" in err
+
+
+@pytest.mark.skipif(demo.gr is None, reason="gradio is not installed")
+@pytest.mark.parametrize("damage", ["no database " * 9, None], ids=["text", "folder"])
+def test_damaged_votes(shelf, tmp_path, damage):
+    """A file of votes that cannot be read does not keep the page from opening, and is said there in a line."""
+    votes = tmp_path / "<b>"
+    votes.mkdir() if damage is None else votes.write_text(damage)
+    demo.page(shelf, votes)
+    [line] = Page(demo.scores(votes)).elements
+    assert line[0] == "p" and "<b> cannot be read: " in line[2]
 
 
 @pytest.mark.skipif(demo.gr is None, reason="gradio is not installed")

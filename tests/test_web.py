@@ -63,13 +63,14 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A served demo over two runs: its folder, address and models."""
+    """A served demo over two runs, in a network with a proxy that does not answer: its folder, address and models."""
     folder = tmp_path_factory.mktemp("site")
     models = {name: save_run(folder / "out" / name, hidden_size=width)
               for name, width in (("first", 16), ("second", 24))}
     (folder / "watched.py").write_text(WATCHED.replace('"demo.py", run', f"{str(ROOT / 'demo.py')!r}, run"))
     port = free_port()
-    server = start(folder / "watched.py", "--port", port, cwd=folder, env={"PYTHONPATH": str(ROOT)})
+    server = start(folder / "watched.py", "--port", port, cwd=folder, env={
+        "PYTHONPATH": str(ROOT), "http_proxy": "http://127.0.0.1:9", "no_proxy": ""})
     line = server.stdout.readline()
     assert f"http://127.0.0.1:{port}" in line, server.communicate()
     yield folder, f"http://127.0.0.1:{port}", models
