@@ -15,20 +15,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import brief
 from model import KVCache, Llama
 from quant_t4 import quantize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 FEW = 8  # rows at most for which a library's usual product is the wrong one
-COMPILE_FROM = 2000  # tokens from which compiling pays. It takes longer for more layers, and saves more (BENCHMARKS.md).
+COMPILE_FROM = 2000  # tokens from which compiling pays: more layers take longer to compile, and save more each time
 
 
 class NarrowLinear(nn.Module):
     """A Linear whose weight lies in memory in another type than FP32.
 
     In 16 bits it gives what a Linear gives under autocast, in that type. With INT8 weights inputs and results are as
-    they come, and the sums FP32; or (round_inputs) inputs are rounded to INT8 too, row by row, and the sums are those
-    of integers, as in quantization-aware training (quant_t4.py).
+    they come, and the sums FP32 (but where few rows are not compiled: a CPU's kernel for these has both in bfloat16); or
+    (round_inputs) inputs are rounded to INT8 too, row by row, and the sums are those of integers, as in
+    quantization-aware training (quant_t4.py).
     """
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype, round_inputs: bool = False):
@@ -58,7 +60,7 @@ class NarrowLinear(nn.Module):
             return F.linear(rows, self.weight.to(rows.dtype))
         if len(rows) == 1 and compiling:
             return (self.weight.float() * rows.float()).sum(-1).to(rows.dtype).unsqueeze(0)  # (out, in) -> (1, out)
-        if self.scale is not None and not compiling:  # PyTorch's kernel for this takes bfloat16; the scale comes later
+        if self.scale is not None and not compiling and rows.size(1) % 16 == 0:  # it reads 16 at a time, come what may
             ones = torch.ones(len(self.weight), dtype=torch.bfloat16)
             return torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).to(rows.dtype)
         return (self.weight.to(rows.dtype) @ rows.t()).t()  # MKL is quicker with few columns than with few rows
@@ -92,27 +94,27 @@ class SummingCache(KVCache):
 
 
 class Compiled:
-    """A narrowed model that runs compiled where its inputs have one of a few lengths, 1 above all; others run as before.
+    """A narrowed model that runs compiled where inputs have one of a few lengths, 1 above all; others run as before.
 
     It has what sample.generate asks of a model. On a GPU the step is a CUDA graph for each length of the cache that is
-    read, which is rounded up to 256 so that they are few.
+    read, which is rounded up to 256 so that they are few. (There was no GPU to try that on.)
     """
 
     def __init__(self, model: Llama, lengths: tuple[int, ...] = (1,)):
         self.model, self.config, self.lm_head, self.lengths = model, model.config, model.lm_head, lengths
-        on_gpu = model.model.cos.is_cuda
-        self.grain = 256 if on_gpu else 1
+        self.on_gpu = model.model.cos.is_cuda
 
         def step(input_ids, cache):
             return model.lm_head(model.model(input_ids, cache))
 
         step.__code__ = step.__code__.replace()  # a copy: programs are kept by code, and other models have theirs
-        self.step = torch.compile(step, mode="reduce-overhead" if on_gpu else None)
+        self.step = torch.compile(step, mode="reduce-overhead" if self.on_gpu else None)
         self.compiled = set()  # (B, T, length of the cache) of which there is a program
 
     def new_cache(self, length: int) -> KVCache:
         """An empty cache for texts of `length` tokens."""
-        return SummingCache(length, self.model.model.cos.device, self.grain)
+        # With one position more than is ever read: all of a buffer would be contiguous, and want a program of its own.
+        return SummingCache(length + 1, self.model.model.cos.device, grain=256 if self.on_gpu else 1)
 
     @torch.no_grad()
     def __call__(self, input_ids, cache):
@@ -122,6 +124,9 @@ class Compiled:
         shape = *input_ids.shape, cache.max_length
         cache.advance(input_ids.size(1))
         torch._dynamo.mark_dynamic(cache.read, 0)  # a text grows: one program for all lengths
+        if self.on_gpu:
+            for buffer in (*cache.keys.values(), *cache.values.values()):  # a CUDA graph writes into these themselves
+                torch._dynamo.mark_static_address(buffer, guard=False)
         # Checking before every call that nothing has changed would take as long as a tenth of it; nothing has.
         with torch.compiler.set_stance(skip_guard_eval_unsafe=shape in self.compiled):
             logits = self.step(input_ids, cache)
@@ -141,7 +146,9 @@ def compile(model: Llama, batch_size: int = 1, lengths: tuple[int, ...] = (1,)) 
             cache = compiled.new_cache(model.config.max_position_embeddings)
             ids = torch.zeros(batch_size, length, dtype=torch.int64, device=model.model.cos.device)
             model(ids, cache=cache)
-            compiled(ids, cache)
+            for _ in range(3 if compiled.on_gpu else 1):  # a CUDA graph is recorded in the second, run in the third
+                cache.length = length
+                compiled(ids, cache)
     except Exception as error:  # whatever the compiler, the linker or the driver may raise
-        return model, (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return model, brief(error) or type(error).__name__
     return compiled, ""

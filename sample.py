@@ -84,6 +84,8 @@ class Options:
                                  + ("; --greedy takes the likeliest token" if name == "temperature" else ""))
         if self.int8_activations and self.dtype != "int8":
             raise ValueError("int8_activations is for --dtype int8")
+        if self.interactive and (self.prompt or self.quiz):
+            raise ValueError("interactive asks for prompts: leave out --prompt and --quiz")
         if self.speculative and self.num_samples > 1:
             raise ValueError("speculative writes one text at a time: leave out --num_samples")
 
@@ -100,11 +102,14 @@ def filter_logits(logits, temperature: float, top_k: int | None, top_p: float | 
         kth = logits.topk(min(top_k, logits.size(-1))).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
+        probabilities = logits.softmax(-1)
+        likeliest, order = probabilities.topk(min(256, logits.size(-1)))  # in falling order; sorting all takes longer
+        if likeliest.sum(-1).min() < top_p:
+            likeliest, order = probabilities.sort(descending=True)
         # Cut a token when those before it already reach top_p; so the first always stays.
-        cut = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+        cut = likeliest.cumsum(-1) - likeliest >= top_p
+        kept = logits.gather(-1, order).masked_fill(cut, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
     return logits
 
 
@@ -123,7 +128,7 @@ class Sampler:
         if self.repetition_penalty != 1.0:
             logits = penalize_repetition(logits, seen, self.repetition_penalty)
         if self.temperature == 0:
-            return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return filter_logits(logits, self.temperature, self.top_k, self.top_p).softmax(-1)
 
     def draw(self, weights):
@@ -151,11 +156,11 @@ class Reader:
     def read(self, texts: list[list[int]], count: int = 1):
         """The logits (B, count, V), FP32 on the CPU, that follow each of the last `count` ids of B texts.
 
-        The texts may differ from those read before in their last `count` ids, and be longer. Texts that are alike are
-        read once. One that outgrows the context is read again from its newest half on.
+        The texts may differ from those read before in their last `count` ids, and be longer or shorter. Texts that are
+        alike are read once. One that outgrows the context is read again from its newest half on.
         """
         length, device = len(texts[0]), self.model.lm_head.weight.device
-        if not self.cache or length - self.start > self.context:
+        if not self.cache or not count <= length - self.start <= self.context:
             keep = max(1, self.context // 2) if self.cache else self.context
             self.start, self.cache = max(0, length - keep), self.model.new_cache(self.context)
         self.cache.length = min(self.cache.length, length - self.start - count)
@@ -189,8 +194,7 @@ def generate_batch(model: Llama, input_ids, num_samples: int, max_new_tokens: in
     ended = set()
     for _ in range(max_new_tokens):
         logits = reader.read(texts)[:, -1, :vocab_size]  # (B, V)
-        probabilities = sampler.distribution(logits, seen)
-        tokens = probabilities.argmax(-1) if temperature == 0 else sampler.draw(probabilities)  # (B,)
+        tokens = sampler.draw(sampler.distribution(logits, seen))  # (B,)
         seen.scatter_(1, tokens[:, None], True)
         for text, token in zip(texts, tokens.tolist()):
             text.append(token)
@@ -298,7 +302,8 @@ def converse(options: Options, *rest):
         import readline  # noqa: F401 (input() edits lines and remembers them where this is there)
     except ImportError:
         pass
-    fixed = ("checkpoint", "which", "quiz", "interactive", "backend", "dtype", "int8_activations", "compile", "speculative")
+    fixed = ("checkpoint", "which", "quiz", "interactive", "backend", "dtype", "int8_activations", "compile",
+             "speculative")
     note('[a prompt, or options such as --temperature 0.5; Ctrl-C ends a text, Ctrl-D ends all]')
     while True:
         try:
@@ -307,13 +312,15 @@ def converse(options: Options, *rest):
             return print()
         try:
             if line.startswith("--"):
-                changed = parse(Options, shlex.split(line), default=options)
+                changed = parse(Options, shlex.split(line), default=replace(options, seed=None))
                 stuck = [name for name in fixed if getattr(changed, name) != getattr(options, name)]
                 if stuck:
                     raise BadInput(f"--{stuck[0]} is for the start: leave, and give it on the command line")
+                if changed.seed is not None:
+                    rest[-1].manual_seed(changed.seed)
                 options = changed
             else:
-                respond(replace(options, prompt=line), *rest)
+                respond(replace(options, prompt=line, interactive=False), *rest)
         except KeyboardInterrupt:
             note("\n[stopped]")
         except SystemExit:  # --help

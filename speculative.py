@@ -2,8 +2,9 @@
 
 What takes time is to read the weights, and a pass over five tokens reads them as often as a pass over one: once. So let
 something quick guess the next few tokens, and the model look at all of them in one pass. It thereby computes its own
-distribution p at each place. A guess x that was drawn from a distribution q is kept with probability min(1, p(x) / q(x));
-the first that is not kept is replaced by a token drawn from max(0, p - q), and what was guessed after it is dropped.
+distribution p at each place. A guess x that was drawn from a distribution q is kept with probability
+min(1, p(x) / q(x)); the first that is not kept is replaced by a token drawn from max(0, p - q), and what was guessed
+after it is dropped.
 Then every token is distributed as if drawn from p (Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via
 Speculative Decoding, appendix A): with chance x comes from q and is kept, min(p, q), or from the replacement, which
 makes up for exactly what is missing, p - min(p, q). If all are kept, the pass has given one token more for nothing.
@@ -15,6 +16,7 @@ there (prompt lookup, Saxena 2023). Such a guess is certain of itself: q is 1 fo
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import sample
 from model import Llama
@@ -52,7 +54,7 @@ class Lookup:
         self.known = len(ids)
         place = self.ends.get(tuple(ids[-3:])) or self.ends.get(tuple(ids[-2:])) or len(ids)
         guesses = [token for token in ids[place:place + count] if token < self.vocab_size]
-        return guesses, torch.eye(self.vocab_size)[guesses]
+        return guesses, F.one_hot(torch.tensor(guesses, dtype=torch.int64), self.vocab_size).float()
 
 
 @torch.no_grad()
@@ -86,7 +88,8 @@ def generate(model: Llama, draft: Llama | str, input_ids, max_new_tokens: int, d
             elif torch.rand((), generator=generator) * q[place, guess] < p[guess]:
                 token = guess
             else:
-                token = int(sampler.draw((p - q[place]).clamp(min=0)[None]))
+                missing = (p - q[place]).clamp(min=0)
+                token = int(sampler.draw((missing if missing.any() else p)[None]))  # where p is q, but for rounding: p
             if token == eos_id:
                 return
             ids.append(token)

@@ -26,6 +26,7 @@ import tokenizer
 import train
 from config import Config, Source
 from model import Llama, ModelConfig
+from quant_t4 import FakeQuantize, quantize
 from tests.commands import metrics, refused
 
 VOCABULARIES = {form: tokenizer.load("quickstart-2048", form) for form in ("exact", "portable")}
@@ -314,6 +315,35 @@ def test_stride(command, shown, tmp_path, rng):
     assert rows[1]["loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("activations", [False, True])
+def test_int8(command, shown, tmp_path, rng, activations, tied):
+    """--dtype int8 gives the figures of a model whose weights are what INT8 has made of them, the head's too; with
+    --int8_activations what they are multiplied with is rounded as in quantization-aware training."""
+    text = some_text(rng, 60)
+    (tmp_path / "a.txt").write_text(text)
+    model = llama(tie_word_embeddings=tied)
+    step_dir = save(tmp_path, model)
+    code, out, err = command("--text", "a.txt", "--checkpoint", step_dir, "--dtype", "int8",
+                             *(["--int8_activations"] if activations else []))
+    assert code == 0, (out, err)
+    reference = llama(tie_word_embeddings=False).double()
+    reference.load_state_dict(model.state_dict() | {"lm_head.weight": model.lm_head.weight})
+    for parent in list(reference.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                integers, scale = quantize(linear.weight)
+                linear.weight.copy_(integers.double() * scale.double())
+                if activations:
+                    linear.register_forward_pre_hook(lambda _, x: FakeQuantize.apply(x[0]))
+    got = shown[str(step_dir)]["a.txt"]
+    whole, tokens = nats(lambda ids: reference(ids)[0], EXACT.encode, [text], EXACT.eos_id, CONTEXT)
+    assert got["tokens"] == tokens
+    # An input at the edge between two integers may round the other way in FP32.
+    assert got["loss"] == pytest.approx(whole / tokens, rel=2e-3 if activations else 1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sums_are_exact_in_16_bits(command, shown, tmp_path, rng, dtype):
     """The model's products are in 16 bits, and its losses and their mean are not."""
@@ -560,6 +590,9 @@ def test_refusals(command, prepared, tmp_path, rng, monkeypatch):
         refused(command(f"--{option}", rng.choice([0, -5])), option, "at least 1")
     refused(command("--strides", 4), "--strides", "--stride")
     refused(command("--dtype", "float8"), "--dtype")
+    refused(command("--dtype", "int8", "--hf", "fine"), "int8", "--hf")
+    refused(command("--dtype", "int8", "--benchmarks"), "int8", "--benchmarks")
+    refused(command("--int8_activations"), "--dtype int8")
     refused(command("--which", "worst"), "worst")
     refused(command("--text", "fine.txt", "--backend", "tpu"), "--backend")
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -239,6 +239,37 @@ def test_generation_with_a_cache(rng):
         ids = torch.cat((ids, fresh), dim=1)
 
 
+@pytest.mark.parametrize("grain", [4, 16])
+@torch.no_grad()
+def test_cache_that_is_read_in_grains(rng, grain):
+    """What is read in multiples of a grain, and masked, gives what is read to the token, in buffers of any length."""
+    model = llama(replace(random_shape(rng), **IN_FLOAT64)).double()
+    context = model.config.max_position_embeddings
+    ids, sizes = random_ids(rng, model.config, length=context), list(chunks(rng, context))
+    exact = model(ids)[0]
+    for cache in (KVCache(context, grain=grain), KVCache(context), KVCache(4096, grain=grain), KVCache(4096)):
+        pieces = []
+        for piece in ids.split(sizes, dim=1):
+            pieces.append(model(piece, cache=cache)[0])
+            assert len(cache.read) % cache.grain == 0 <= len(cache.read) - cache.length < cache.grain
+        assert (torch.cat(pieces, dim=1) - exact).abs().max() < 1e-10, sizes
+
+
+@pytest.mark.parametrize("grain", [1, 4])
+@torch.no_grad()
+def test_cache_forgets_and_multiplies(rng, grain):
+    """With its length lowered a cache goes on as if the newest tokens had not been; repeated, for several texts."""
+    model = llama(shape(max_position_embeddings=40, **IN_FLOAT64)).double()
+    kept, wrong = rng.randint(1, 20), rng.randint(1, 20)
+    ids, cache = random_ids(rng, model.config, 3, 40), KVCache(40, grain=grain)
+    ids[:, :kept] = ids[0, :kept].clone()
+    model(torch.cat((ids[:1, :kept], random_ids(rng, model.config, 1, wrong)), dim=1), cache=cache)
+    cache.length = kept
+    cache.repeat(3)
+    assert cache.keys[1].size(0) == cache.values[1].size(0) == 3
+    assert (model(ids[:, kept:], cache=cache)[0] - model(ids)[0][:, kept:]).abs().max() < 1e-10
+
+
 # -----------------------------------------------------------------------------
 # precision
 

@@ -44,7 +44,7 @@ def test_commands_are_the_makefiles():
 def test_options_exist():
     """Every --option of the README is one that a script has, or torchrun."""
     text = "".join((ROOT / name).read_text() for name in ("config/__init__.py", "sample.py", "model.py", "evaluate.py",
-                                                                  "export.py"))
+                                                                  "export.py", "demo.py"))
     for option in set(re.findall(r"--([a-z0-9_]+(?:\.[a-z_]+)?)", README)) - {"help", "standalone", "nproc_per_node"}:
         assert re.search(rf"^    {option.split('.')[-1]}_?: ", text, re.MULTILINE), option
 

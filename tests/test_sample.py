@@ -1,4 +1,5 @@
 """The filters are transformers', generation draws from what they leave, and the command says what it did."""
+import io
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from transformers.generation.logits_process import (RepetitionPenaltyLogitsProce
                                                     TopKLogitsWarper, TopPLogitsWarper)
 
 import checkpoint
+import decode
+import portable
 import sample
 import tokenizer
 from config import Config
@@ -22,6 +25,7 @@ from model import Llama, ModelConfig
 
 VOCABULARY = tokenizer.load("quickstart-2048")
 EOS = VOCABULARY.eos_id
+INPUT = input
 
 
 def llama(**changes):
@@ -49,25 +53,67 @@ def greedy_slowly(model, ids, count):
 
 @pytest.mark.parametrize("case", range(20))
 def test_penalty_is_that_of_transformers(rng, case):
-    """Seen tokens lose what they lose in transformers, on both sides of 0 to the bit; others nothing."""
-    logits, penalty = torch.randn(50) * 5, rng.uniform(0.5, 3)
-    ids = [rng.randrange(50) for _ in range(rng.randint(1, 80))]
-    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits[None])[0]
-    assert torch.equal(sample.penalize_repetition(logits, torch.tensor(sorted(set(ids))), penalty), theirs)
-    assert (theirs != logits).sum() == len(set(ids))
+    """Seen tokens of each text of a batch lose what they lose in transformers, on both sides of 0 to the bit; others
+    nothing."""
+    logits, penalty = torch.randn(3, 50) * 5, rng.uniform(0.5, 3)
+    ids = torch.randint(50, (3, rng.randint(1, 80)))
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter(1, ids, True)
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    ours = sample.penalize_repetition(logits, seen, penalty)
+    assert torch.equal(ours, theirs) and torch.equal(ours != logits, seen)
+    assert all(torch.equal(sample.penalize_repetition(logits[i], seen[i], penalty), theirs[i]) for i in range(3))
 
 
+@pytest.mark.parametrize("size", [50, 2000])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 20, 500])
 @pytest.mark.parametrize("top_p", [None, 1.0, 0.9, 0.3, 1e-6])
-def test_filters_are_those_of_transformers(rng, top_k, top_p):
-    """Temperature, top-k and top-p, alone or together, leave the logits that transformers leaves."""
-    logits, temperature = torch.randn(50) * rng.uniform(0.1, 5), rng.uniform(0.2, 3)
-    theirs = TemperatureLogitsWarper(temperature)(None, logits[None])
+def test_filters_are_those_of_transformers(rng, top_k, top_p, size):
+    """Temperature, top-k and top-p, alone or together, leave the logits that transformers leaves, of flat and of steep
+    distributions in one batch, and the same of each alone."""
+    logits, temperature = torch.randn(4, size) * torch.tensor([[0.01], [0.3], [2], [8]]), rng.uniform(0.2, 3)
+    theirs, edge = TemperatureLogitsWarper(temperature)(None, logits), torch.zeros(4, size, dtype=torch.bool)
     if top_k is not None:
         theirs = TopKLogitsWarper(top_k)(None, theirs)
     if top_p is not None and top_p < 1:
+        p, order = theirs.double().softmax(-1).sort(descending=True)
+        before = p.cumsum(-1) - p  # where this is top_p but for rounding, a token may fall on either side
+        edge = edge.scatter(-1, order, (before - top_p).abs() < torch.where(before > 0, 1e-5, 0))
         theirs = TopPLogitsWarper(top_p)(None, theirs)
-    assert torch.equal(sample.filter_logits(logits, temperature, top_k, top_p), theirs[0])
+    ours = sample.filter_logits(logits, temperature, top_k, top_p)
+    alone = torch.stack([sample.filter_logits(row, temperature, top_k, top_p) for row in logits])
+    assert not (~edge & (ours != theirs)).any() and not (~edge & (ours != alone)).any() and edge.sum() < 9
+
+
+def test_draws(rng):
+    """Of 30,000 draws for each row of weights, which need not sum to 1, an index comes as often as its weight says, by
+    chi-square, and one without weight never; a seed draws the same again."""
+    weights = torch.rand(4, 40) ** 6 * torch.tensor([[1e-20], [1], [1e-3], [1e20]])
+    weights[torch.rand(4, 40) < 0.3] = 0
+    weights[:, 0], weights[:, 39], weights[3, :39] = 0, 0, 0
+    weights[:3, 20], weights[3, 5] = weights[:3].amax(-1), 1e-30  # the last row has one index alone
+    seed, draws = rng.randrange(2**31), 30_000
+    drawn = []
+    for _ in range(2):
+        sampler = sample.Sampler(1.0, generator=torch.Generator().manual_seed(seed))
+        drawn.append(sampler.draw(weights.repeat(draws, 1)).view(draws, 4))
+    assert torch.equal(*drawn) and drawn[0].dtype == torch.int64
+    for row in range(4):
+        counts = torch.bincount(drawn[0][:, row], minlength=40)
+        wanted = draws * weights[row].double() / weights[row].double().sum()
+        assert len(counts) == 40 and not counts[wanted == 0].any()
+        common = wanted > 10  # chi-square is not for rare ones
+        assert ((counts - wanted)[common] ** 2 / wanted[common]).sum() < 120  # 39 degrees of freedom at most
+
+
+def test_distribution(rng):
+    """A Sampler's distribution is the softmax of penalised and filtered logits; greedy, all on their likeliest."""
+    logits, seen = torch.randn(3, 50) * 3, torch.rand(3, 50) < 0.5
+    penalized = sample.penalize_repetition(logits, seen, 1.7)
+    drawn = sample.Sampler(0.8, 9, 0.7, 1.7).distribution(logits, seen)
+    assert torch.equal(drawn, sample.filter_logits(penalized, 0.8, 9, 0.7).softmax(-1))
+    greedy = sample.Sampler(0.0, 9, 0.7, 1.7).distribution(logits, seen)
+    assert torch.equal(greedy, torch.eye(50)[penalized.argmax(-1)])
+    assert torch.equal(sample.Sampler(0.0).draw(greedy), penalized.argmax(-1))
 
 
 # -----------------------------------------------------------------------------
@@ -162,10 +208,113 @@ def test_frequencies(rng, filters):
     assert chi_square < 60, (counts, 4000 * p)  # 7 degrees of freedom
 
 
+@torch.no_grad()
+def batch_slowly(model, prompt, rows, count, sampler, vocab_size):
+    """generate_batch without a cache or an end: each text is read anew at every step, with its newest half where it
+    has outgrown the context. A list of rows of ids."""
+    context, texts = model.config.max_position_embeddings, [list(prompt) for _ in range(rows)]
+    start = max(0, len(prompt) - context)
+    for _ in range(count):
+        if len(texts[0]) - start > context:
+            start = len(texts[0]) - max(1, context // 2)
+        logits = torch.stack([model(torch.tensor([text[start:]]))[0][0, -1, :vocab_size].float() for text in texts])
+        seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, torch.tensor(texts), True)
+        for text, token in zip(texts, sampler.draw(sampler.distribution(logits, seen)).tolist()):
+            text.append(token)
+    return [text[-count:] for text in texts]
+
+
+IN_FLOAT64 = {"fp32_norms": False, "fp32_blocks": ()}  # where no two logits are equal but for rounding
+
+
+@pytest.mark.parametrize("context, length", [(64, 5), (16, 3), (8, 20), (2, 1), (1, 3)])
+def test_batch(rng, context, length):
+    """All texts of a batch are what they are without a cache and a shared beginning, past the context too; one that
+    comes to its end goes on as None, and with the last of them the batch ends."""
+    model, prompt = llama(max_position_embeddings=context, **IN_FLOAT64).double(), [7] * (length - 1) + [3]
+    settings = dict(temperature=1.5, top_k=rng.choice([None, 9]), top_p=rng.choice([None, 0.9]),
+                    repetition_penalty=rng.choice([1.0, 1.5]))
+    seed, vocab_size = rng.randrange(2**31), rng.choice([None, 40])
+    sampler = sample.Sampler(**settings, generator=torch.Generator().manual_seed(seed))
+    rows = batch_slowly(model, prompt, 3, 30, sampler, vocab_size)
+    for eos_id in (None, rows[0][0], rows[1][-1], rng.randrange(40)):
+        generator = torch.Generator().manual_seed(seed)
+        ours = list(sample.generate_batch(model, prompt, 3, 30, eos_id=eos_id, vocab_size=vocab_size,
+                                          generator=generator, **settings))
+        ends = [row.index(eos_id) if eos_id in row else 30 for row in rows]
+        assert ours == [[row[i] if i < end else None for row, end in zip(rows, ends)] for i in range(max(ends))]
+
+
+def test_greedy_batch(rng):
+    """Greedy, every row of a batch is what generate writes."""
+    model = llama(**IN_FLOAT64).double()
+    for eos_id in (None, rng.randrange(60)):
+        one = list(sample.generate(model, [1, 2, 3], 70, eos_id=eos_id))
+        assert list(sample.generate_batch(model, [1, 2, 3], 4, 70, eos_id=eos_id)) == [[token] * 4 for token in one]
+
+
+def shapes_of(model):
+    """A list that grows with every call of the model: the shape of its input."""
+    shapes = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
+def test_what_is_read(rng):
+    """A prompt is read once for all texts, and then one token of each; past the context the newest half of each."""
+    model = llama()  # of 32
+    shapes = shapes_of(model)
+    list(sample.generate_batch(model, list(range(30)), 3, 22, 3.0, generator=torch.Generator().manual_seed(1)))
+    assert shapes == [(1, 30), (3, 1), (3, 1), (3, 16)] + 16 * [(3, 1)] + [(3, 16), (3, 1)]
+    shapes.clear()
+    list(sample.generate(model, range(50), 3))
+    assert shapes == [(1, 32), (1, 16), (1, 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", range(5))
+def test_reader(rng, case):
+    """A Reader reads what is new and what has changed, and nothing else, and its logits are those of the whole text."""
+    model, rows = llama(**IN_FLOAT64).double(), rng.randint(1, 3)
+    shapes, reader = shapes_of(model), sample.Reader(model)
+    texts = [[rng.randrange(60) for _ in range(rng.randint(1, 8))]] * rows
+    reader.read(texts)
+    for _ in range(20):
+        kept, count = rng.randint(max(1, len(texts[0]) - 4), len(texts[0])), rng.randint(1, 5)
+        if kept + count > 32:
+            continue
+        texts = [text[:kept] + [rng.randrange(60) for _ in range(count)] for text in texts]
+        shapes.clear()
+        logits = reader.read(texts, count)
+        assert shapes == [(rows, count)] and reader.room(len(texts[0])) == 32 - len(texts[0])
+        assert logits.dtype == torch.float32 and logits.shape == (rows, count, 60)
+        assert (logits - model(torch.tensor(texts))[0][:, -count:]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_room(rng):
+    """room() more tokens are read with the others still in mind; one more, and the newest half is read again."""
+    model = llama()
+    shapes = shapes_of(model)
+    for length in (5, 32, 45):
+        reader, text = sample.Reader(model), [rng.randrange(60) for _ in range(80)]
+        assert max(0, reader.room(length)) == max(0, 32 - length)
+        reader.read([text[:length]])
+        room = reader.room(length)
+        assert room == max(0, 32 - length)
+        shapes.clear()
+        reader.read([text[:length + room]], 1)
+        assert shapes == [(1, max(1, room))] and reader.room(length + room) == 0
+        reader.read([text[:length + room + 1]])
+        assert shapes[1:] == [(1, 16)] and reader.room(length + room + 1) == 16
+
+
 def test_empty_prompt_is_refused():
     """generate has nothing to begin with."""
     with pytest.raises(ValueError, match="empty"):
         next(sample.generate(llama(), [], 5))
+    with pytest.raises(ValueError, match="empty"):
+        next(sample.generate_batch(llama(), torch.tensor([]), 2, 5))
 
 
 @pytest.mark.parametrize("prompt, normal", [
@@ -182,15 +331,18 @@ def test_prompt_ids(prompt, normal):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A directory with the checkpoint of a tiny model in out/tiny, as train.py leaves it."""
+    """A directory with the checkpoint of a tiny model in out/tiny, as train.py leaves it, and that of a smaller one in
+    drafts/small."""
     folder = tmp_path_factory.mktemp("run")
-    model = llama(vocab_size=2050)
-    model.lm_head.weight.data[EOS] = 0  # so that it is never the likeliest
-    config = Config(name="tiny", model=model.config, block_size=32, tokens_per_step=32)
-    state = {"step": 1200, "best_loss": 1.5, "bits_per_byte": 1.25, "tokenizer_sha256": VOCABULARY.sha256,
-             "config": json.loads(json.dumps(asdict(config), default=str))}
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save(folder / "out" / "tiny", model, optimizer, state, True, 1)
+    torch.manual_seed(1)  # always the same, for no likeliest token to be so by a rounding
+    for path, layers in (("out/tiny", 2), ("drafts/small", 1)):
+        model = llama(vocab_size=2050, num_hidden_layers=layers)
+        model.lm_head.weight.data[EOS] = 0  # so that it is never the likeliest
+        config = Config(name="tiny", model=model.config, block_size=32, tokens_per_step=32)
+        state = {"step": 1200, "best_loss": 1.5, "bits_per_byte": 1.25, "tokenizer_sha256": VOCABULARY.sha256,
+                 "config": json.loads(json.dumps(asdict(config), default=str))}
+        optimizer = torch.optim.AdamW(model.parameters())
+        checkpoint.save(folder / path, model, optimizer, state, True, 1)
     return folder
 
 
@@ -201,9 +353,10 @@ def command(in_process, run, monkeypatch):
     return partial(in_process, sample.main)
 
 
-def by_hand(run, prompt, count=12):
-    """The prompt and its greedy continuation."""
+def by_hand(run, prompt, count=12, dtype="fp32", round_inputs=False):
+    """The greedy continuation of a prompt: its ids and their text."""
     model, _ = checkpoint.load_model(checkpoint.find(run / "out" / "tiny"))
+    model = decode.narrow(model, dtype, round_inputs)
     ids = list(sample.generate(model, sample.prompt_ids(VOCABULARY, prompt), count, vocab_size=2048))
     return ids, VOCABULARY.decode(ids)
 
@@ -243,6 +396,106 @@ def test_command_notes(command):
     assert command("--prompt", "a", "--num_samples", 2, "--seed", 6, "--max_new_tokens", 9)[1] != out
 
 
+def test_command_prints_every_sample(run, command):
+    """All texts of a seed go to stdout, one after the other, each with the prompt: those of generate_batch."""
+    code, out, _ = command("--prompt", "Once upon", "--num_samples", 3, "--seed", 8, "--max_new_tokens", 20)
+    model, _ = checkpoint.load_model(checkpoint.find(run / "out" / "tiny"))
+    steps = list(sample.generate_batch(
+        decode.narrow(model, "fp32"), sample.prompt_ids(VOCABULARY, "Once upon"), 3, 20, 0.8, None, 0.9, 1.1, EOS, 2048,
+        torch.Generator().manual_seed(8)))
+    texts = [VOCABULARY.decode([step[row] for step in steps if step[row] is not None]) for row in range(3)]
+    assert code == 0 and out == "".join(f"Once upon{text}\n" for text in texts) and len(set(texts)) == 3
+
+
+GREEDILY = "--prompt", "Once upon", "--greedy", "--repetition_penalty", 1, "--max_new_tokens"
+
+
+@pytest.mark.parametrize("options, narrowed", [
+    (["--dtype", "bf16"], ["bf16"]), (["--dtype", "fp16"], ["fp16"]), (["--dtype", "int8"], ["int8"]),
+    (["--dtype", "int8", "--int8_activations", "--backend", "cpu"], ["int8", True]),
+    (["--speculative", "lookup"], []), (["--speculative", "drafts/small", "--draft_tokens", 2], []),
+    (["--speculative", "drafts/small", "--dtype", "bf16"], ["bf16"]),
+])
+def test_command_with_narrow_weights_and_guesses(run, command, options, narrowed):
+    """With other types the text is that of the narrowed model; with guesses that of the model alone."""
+    code, out, err = command(*GREEDILY, 12, *options)
+    assert code == 0 and err.count("1,200 steps") == 1 + ("drafts/small" in options)
+    if "--speculative" not in options or not narrowed:  # five rows in bfloat16 are summed in another order than one
+        assert out == "Once upon" + by_hand(run, "Once upon", 12, *narrowed)[1] + "\n"
+    else:
+        assert out.startswith("Once upon") and "[12 tokens" in err
+
+
+def test_command_compiles(run, command, monkeypatch, tmp_path):
+    """--compile compiles, and so does a long text without being told; where that fails, a line says why. The text is
+    the same."""
+    text = "Once upon" + by_hand(run, "Once upon", 40)[1] + "\n"
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(torch_compile, backend="eager"))
+    monkeypatch.setattr(decode, "COMPILE_FROM", 41)
+    for options, compiles in ((["--compile"], True), ([], False), (["--compile", "False"], False)):
+        code, out, err = command(*GREEDILY, 40, *options)
+        assert code == 0 and out == text and len(re.findall(r"^\[compiled in \d+ s\]$", err, re.M)) == compiles
+    monkeypatch.setattr(decode, "COMPILE_FROM", 40)
+    code, out, err = command(*GREEDILY, 40)
+    assert code == 0 and out == text and "[compiled in " in err
+    monkeypatch.setattr(torch, "compile", partial(torch_compile, backend=lambda *_: open(tmp_path / "nowhere")))
+    code, out, err = command(*GREEDILY, 40)
+    assert code == 0 and out == text
+    assert re.search(r"^\[torch.compile failed, going on without it: .+\]$", err, re.M)
+
+
+def converse(command, monkeypatch, *lines, options=()):
+    """sample.py --interactive with these lines as its input: (code, what is written after each, stderr)."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    monkeypatch.setattr("builtins.input", lambda prompt: INPUT(f"\0{prompt}\0"))  # no text has that
+    code, out, err = command("--interactive", "--repetition_penalty", 1, "--max_new_tokens", 12, *options)
+    begin, *answers, end = out.split("\0> \0")
+    assert (begin, end) == ("", "\n")
+    return code, answers, err
+
+
+def test_interactive(run, command, monkeypatch):
+    """Prompts are continued, an empty one too, and options change what comes after; refused ones change nothing and
+    are one line each. The end of the input is a good end."""
+    refused = {"--dtype int8": "--dtype is for the start", "--compile": "--compile is for the start",
+               "--checkpoint out/tiny": "--checkpoint is for the start", "--colour red": "--colour",
+               '--prompt "a': "quotation", "--temperature 0": "temperature is 0", "--max_new_tokens": "max_new_tokens"}
+    code, answers, err = converse(command, monkeypatch, "Once upon", "--max_new_tokens 3", "Once upon", *refused, "",
+                                  "1 + 1 = ", "--dtype fp32", "--max_new_tokens 5 --greedy False", options=["--greedy"])
+    texts = {(prompt, count): prompt + by_hand(run, prompt, count)[1] + "\n"
+             for prompt, count in (("Once upon", 12), ("Once upon", 3), ("", 3), ("1 + 1 =", 3))}
+    assert code == 0 and answers == [texts["Once upon", 12], "", texts["Once upon", 3], *[""] * len(refused),
+                                     texts["", 3], texts["1 + 1 =", 3], "", ""]
+    errors = [line for line in err.splitlines() if not line.startswith("[")]
+    for line, (given, word) in zip(errors, refused.items(), strict=True):
+        assert line.startswith("error: ") and word.lower() in line.lower(), given
+
+
+def test_interactive_help_and_samples(command, monkeypatch):
+    """--help in the conversation lists the options and goes on; more samples can be asked for, not with guesses."""
+    code, answers, err = converse(command, monkeypatch, "--help", "--num_samples 2", "a")
+    assert code == 0 and "--temperature" in answers[0] and "[sample 2 of 2]" in err and answers[2].count("\n") >= 2
+    code, answers, err = converse(command, monkeypatch, "--num_samples 2", "a", options=["--speculative", "lookup"])
+    assert code == 0 and "error: " in err and "speculative" in err and "sample 2" not in err and answers[1]
+
+
+def test_interactive_seed(command, monkeypatch):
+    """The same seed given again gives the same text again."""
+    code, answers, err = converse(command, monkeypatch, "--seed 5", "a", "--seed 5", "a", "a")
+    assert code == 0 and "error" not in err and answers[1] == answers[3] != answers[4]
+
+
+def test_interactive_command(run):
+    """In a process of its own, with its input from a pipe."""
+    done = subprocess.run([sys.executable, Path(sample.__file__), "--interactive", "--greedy", "--repetition_penalty",
+                           "1"], cwd=run, env=os.environ | {"PYTHONUTF8": "1"}, encoding="utf-8", capture_output=True,
+                          input="--max_new_tokens 12\nOnce upon\n--dtype int8\nOnce upon")
+    text = "Once upon" + by_hand(run, "Once upon")[1] + "\n"
+    assert done.returncode == 0 and done.stdout == f"> > {text}> > {text}> \n", done.stderr
+    assert done.stderr.count("error: ") == 1
+
+
 def test_quiz(command, tmp_path):
     """--quiz counts what the model, taught three answers here, has right, and shows both kinds."""
     model = llama(vocab_size=2048, hidden_size=32)
@@ -272,6 +525,11 @@ def test_quiz(command, tmp_path):
     (["--max_new_tokens", "0"], "max_new_tokens"), (["--num_samples", "0"], "num_samples"),
     (["--temperature", "warm"], "--temperature"), (["--quiz", "none.jsonl"], "none.jsonl"),
     (["--quiz", "out/tiny/latest"], "not a quiz"), (["--which", "worst"], "worst"), (["Hello"], "Hello"),
+    (["--int8_activations"], "int8_activations is for --dtype int8"), (["--dtype", "int4"], "int4"),
+    (["--int8_activations", "--dtype", "bf16"], "int8_activations is for --dtype int8"),
+    (["--speculative", "lookup", "--num_samples", "2"], "one text at a time"),
+    (["--draft_tokens", "0"], "draft_tokens is 0"), (["--seed", "-1"], "seed is -1"),
+    (["--speculative", "out/nothing"], "no checkpoint in out"),
 ])
 def test_command_refusals(command, arguments, word):
     """What the user can put right is one line on stderr and exit code 2."""
@@ -294,3 +552,20 @@ def test_no_run_and_another_vocabulary(run, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = command()
     assert code == 2 and out == "" and err.count("\n") == 1 and "prepare.py" in err
+
+
+def test_a_draft_of_another_vocabulary(run, command, tmp_path):
+    """A draft must have the model's own vocabulary: one whose pieces are others, by a tokenizer.json beside it, is
+    refused in one line that names both."""
+    step_dir = run / "drafts" / "small" / "step_00001200"
+    for file in step_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes(portable.tokenizer_json(VOCABULARY, lossless=True))
+    other = tokenizer.load(tmp_path / "tokenizer.json")
+    state = json.loads((tmp_path / "state.json").read_text())
+    state |= {"tokenizer_sha256": other.sha256, "config": state["config"] | {"tokenizer": "tokenizer.json"}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    code, out, err = command("--speculative", tmp_path)
+    errors = [line for line in err.splitlines() if not line.startswith("[")]
+    assert code == 2 and out == "" and len(errors) == 1
+    assert "another vocabulary" in errors[0] and VOCABULARY.name in errors[0] and other.name in errors[0]
