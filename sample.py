@@ -123,10 +123,19 @@ class Sampler:
     repetition_penalty: float = 1.0
     generator: torch.Generator | None = None
 
+    def penalized(self, logits, seen):
+        """Logits (..., V), those of the tokens `seen` (..., V) bool penalized if the settings say so."""
+        return logits if self.repetition_penalty == 1.0 else penalize_repetition(logits, seen, self.repetition_penalty)
+
+    def choose(self, logits, seen):
+        """The next tokens (B,) int64, of logits (B, V) FP32 and the tokens `seen` (B, V) bool."""
+        if self.temperature == 0:
+            return self.penalized(logits, seen).argmax(-1)
+        return self.draw(self.distribution(logits, seen))
+
     def distribution(self, logits, seen):
-        """Probabilities (..., V) of the next token, of logits (..., V) FP32 and the tokens `seen` (..., V) bool."""
-        if self.repetition_penalty != 1.0:
-            logits = penalize_repetition(logits, seen, self.repetition_penalty)
+        """The probabilities (..., V) that `choose` draws from."""
+        logits = self.penalized(logits, seen)
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return filter_logits(logits, self.temperature, self.top_k, self.top_p).softmax(-1)
@@ -194,8 +203,9 @@ def generate_batch(model: Llama, input_ids, num_samples: int, max_new_tokens: in
     ended = set()
     for _ in range(max_new_tokens):
         logits = reader.read(texts)[:, -1, :vocab_size]  # (B, V)
-        tokens = sampler.draw(sampler.distribution(logits, seen))  # (B,)
-        seen.scatter_(1, tokens[:, None], True)
+        tokens = sampler.choose(logits, seen)  # (B,)
+        if repetition_penalty != 1.0:
+            seen.scatter_(1, tokens[:, None], True)
         for text, token in zip(texts, tokens.tolist()):
             text.append(token)
         ended |= {row for row, text in enumerate(texts) if text[-1] == eos_id}
