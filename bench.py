@@ -548,7 +548,7 @@ def bench_decode(arguments):
     ids = torch.tensor([prompt], device=device.device)
     runs = {"transformers, FP32": lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                                         min_new_tokens=count, max_new_tokens=count, pad_token_id=0)}
-    tokens, first = {"transformers, FP32": count}, {}
+    first = {}  # seconds of compiling
     kinds = {"fp32": "float32", "bf16": "bfloat16", "int8": "q8_0"}
     with tempfile.TemporaryDirectory() as folder:
         for dtype, kind in kinds.items():
@@ -559,6 +559,8 @@ def bench_decode(arguments):
             for samples, label in ((1, f"compiled, {name}"), (8, f"compiled, {name}, 8 at once")):
                 start = time.perf_counter()
                 compiled, reason = decode.compile(model, samples)
+                if reason:
+                    sys.exit(f"bench.py: torch.compile failed: {reason}")
                 first[label] = time.perf_counter() - start
                 runs[label] = text(compiled, samples)
                 if samples == 1:
@@ -575,7 +577,7 @@ def bench_decode(arguments):
     limits = {dtype.upper(): reading_time(weights * decode.DTYPES[dtype].itemsize) for dtype in kinds}
     rows = []
     for name, time_ in seconds.items():
-        what, precision = name.split(", ")[:2] if "inputs" not in name else (name, "INT8")
+        precision = name.split(", ")[1].split()[0]
         samples = 8 if "8 at once" in name else 1
         single = seconds[name.removesuffix(", 8 at once")] / time_ * samples
         peer_time = seconds.get(f"llama.cpp, {precision}")
@@ -583,7 +585,7 @@ def bench_decode(arguments):
                      f"{samples * seconds['transformers, FP32'] / time_:.2f}",
                      f"{samples * peer_time / time_:.2f}" if peer_time else "",
                      f"{single:.1f}" if samples > 1 else "",
-                     f"{limits[precision[:4]] * count / time_:.0%}" if samples == 1 else "",
+                     f"{limits[precision] * count / time_:.0%}" if samples == 1 else "",
                      f"{first[name]:.0f} s" if name in first else ""))
     print(f"Stentor3-20M's shape, random weights, {machine()}, torch {torch.__version__}; {count} greedy tokens after "
           f"{len(prompt)}, reading these included, medians of {arguments.rounds}\n")
@@ -620,7 +622,7 @@ def bench_start(arguments):
                     "--log_interval=1"]
         commands = {"import torch": (["-c", "import torch; print('done')"], "done"),
                     "train.py, first step": (training, "step      1/"),
-                    "sample.py, first token": ([str(here / "sample.py"), "--max_new_tokens=1"], "[1 tokens")}
+                    "sample.py, first token": ([str(here / "sample.py"), "--max_new_tokens=1"], " tokens, ")}
         runs = {name: lambda command=command: until(*command, folder) for name, command in commands.items()}
         seconds = alternate(runs, arguments.rounds)
         rows = [(name, f"{time_:.2f} s", f"{time_ / seconds['import torch']:.1f} x importing torch")

@@ -191,13 +191,9 @@ class KVCache:
 
     def attend(self, q, k, v):
         """Attention of the new tokens over what extend has returned: q (B, H, T, D) -> (B, H, T, D)."""
-        return causal_attention(q, k, v, self.mask(q.size(2)))
-
-    def mask(self, T: int):
-        """Who of the T newest sees whom, (T, S) bool, or None where is_causal or nothing at all says the same."""
-        if self.grain == 1 and T in (1, self.read.size(0)):
-            return None
-        return self.read <= self.positions[:, None]
+        # (T, S); with a grain of 1 all that is read is filled, and T and S alone say who sees whom
+        mask = self.read <= self.positions[:, None] if self.grain > 1 else None
+        return causal_attention(q, k, v, mask)
 
     def repeat(self, count: int):
         """Go on as `count` sequences that begin alike: what was one is copied."""

@@ -151,6 +151,14 @@ class Sampler:
         return torch.searchsorted(sums, goals, right=True).clamp(max=weights.size(-1) - 1)[:, 0]
 
 
+def as_ids(input_ids) -> list[int]:
+    """input_ids (T,), a list or tensor, as a list. Raises ValueError for an empty prompt."""
+    ids = torch.as_tensor(input_ids, dtype=torch.int64).flatten().tolist()
+    if not ids:
+        raise ValueError("input_ids is empty; begin a document with the end-of-document token")
+    return ids
+
+
 class Reader:
     """A model that has read some texts of one length, and what it remembers of them (its cache)."""
 
@@ -193,9 +201,7 @@ def generate_batch(model: Llama, input_ids, num_samples: int, max_new_tokens: in
     context goes on from the newest half of it. The generator must be on the CPU: so a seed gives the same text whatever
     device computed the logits. Raises ValueError for an empty prompt.
     """
-    prompt = torch.as_tensor(input_ids, dtype=torch.int64).flatten().tolist()
-    if not prompt:
-        raise ValueError("input_ids is empty; begin a document with the end-of-document token")
+    prompt = as_ids(input_ids)
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, generator)
     reader, texts = Reader(model), [list(prompt) for _ in range(num_samples)]
     seen = torch.zeros(num_samples, vocab_size or model.config.vocab_size, dtype=torch.bool)
@@ -264,35 +270,36 @@ def note(text: str):
     print(text, file=sys.stderr, flush=True)
 
 
-def continuations(options: Options, model, draft, vocabulary, generator) -> Iterator[list[int | None]]:
-    """The ids that follow the prompt, for each sample one at a time. draft is another model, "lookup" or None."""
+def continuations(options: Options, input_ids: list[int], model, draft, vocabulary,
+                  generator) -> Iterator[list[int | None]]:
+    """The ids that follow input_ids, for each sample one at a time. draft is another model, "lookup" or None."""
     settings = dict(temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k,
                     top_p=options.top_p, repetition_penalty=options.repetition_penalty, eos_id=vocabulary.eos_id,
                     vocab_size=vocabulary.vocab_size, generator=generator)
-    input_ids, count = prompt_ids(vocabulary, options.prompt), options.max_new_tokens
     if draft is None:
-        yield from generate_batch(model, input_ids, options.num_samples, count, **settings)
+        yield from generate_batch(model, input_ids, options.num_samples, options.max_new_tokens, **settings)
     else:
         import speculative  # which imports this file
-        guessing = speculative.generate(model, draft, input_ids, count, options.draft_tokens, **settings)
+        guessing = speculative.generate(model, draft, input_ids, options.max_new_tokens, options.draft_tokens,
+                                        **settings)
         yield from ([token] for token in guessing)
 
 
 def respond(options: Options, model, draft, vocabulary, generator: torch.Generator):
     """Print the prompt and how it goes on: the first sample as it is written, the others after it."""
     prompt, context = clean_prompt(options.prompt), model.config.max_position_embeddings
-    length = len(prompt_ids(vocabulary, prompt))
+    input_ids = prompt_ids(vocabulary, prompt)
     if not options.prompt:
         note("[the prompt is empty: beginning a new document]")
-    if length > context:
-        note(f"[the prompt has {length:,} tokens: the model sees the last {context:,} of them]")
+    if len(input_ids) > context:
+        note(f"[the prompt has {len(input_ids):,} tokens: the model sees the last {context:,} of them]")
     if options.num_samples > 1:
         note(f"[sample 1 of {options.num_samples}]")
     started, count = time.monotonic(), 0
     streams = [vocabulary.stream() for _ in range(options.num_samples)]
     texts = [""] * options.num_samples
     print(prompt, end="", flush=True)
-    for tokens in continuations(options, model, draft, vocabulary, generator):
+    for tokens in continuations(options, input_ids, model, draft, vocabulary, generator):
         pieces = ["" if token is None else stream.push(token) for stream, token in zip(streams, tokens)]
         texts = [text + piece for text, piece in zip(texts, pieces)]
         print(pieces[0], end="", flush=True)

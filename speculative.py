@@ -4,10 +4,10 @@ What takes time is to read the weights, and a pass over five tokens reads them a
 something quick guess the next few tokens, and the model look at all of them in one pass. It thereby computes its own
 distribution p at each place. A guess x that was drawn from a distribution q is kept with probability
 min(1, p(x) / q(x)); the first that is not kept is replaced by a token drawn from max(0, p - q), and what was guessed
-after it is dropped.
-Then every token is distributed as if drawn from p (Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via
-Speculative Decoding, appendix A): with chance x comes from q and is kept, min(p, q), or from the replacement, which
-makes up for exactly what is missing, p - min(p, q). If all are kept, the pass has given one token more for nothing.
+after it is dropped. Then every token is distributed as if drawn from p (Leviathan, Kalman, Matias 2023, Fast Inference
+from Transformers via Speculative Decoding, appendix A): x either comes from q and is kept, with probability min(p, q),
+or comes from the replacement, which makes up for exactly what is missing, p - min(p, q). If all are kept, the pass has
+given one token more for nothing.
 
 The guesses come from a smaller model, or from the text itself: what followed the last time that its newest words stood
 there (prompt lookup, Saxena 2023). Such a guess is certain of itself: q is 1 for it.
@@ -25,7 +25,7 @@ from model import Llama
 class Draft:
     """Guesses of a smaller model, drawn with the same settings as the texts."""
 
-    def __init__(self, model: Llama, sampler: "sample.Sampler", vocab_size: int):
+    def __init__(self, model: Llama, sampler: sample.Sampler, vocab_size: int):
         self.reader, self.sampler, self.vocab_size = sample.Reader(model), sampler, vocab_size
 
     def guess(self, ids: list[int], seen, count: int):
@@ -67,9 +67,7 @@ def generate(model: Llama, draft: Llama | str, input_ids, max_new_tokens: int, d
     Greedy, the ids are those of sample.generate, but for ties of rounding; else they have the same distribution, and
     are others for the same seed.
     """
-    ids = torch.as_tensor(input_ids, dtype=torch.int64).flatten().tolist()
-    if not ids:
-        raise ValueError("input_ids is empty; begin a document with the end-of-document token")
+    ids = sample.as_ids(input_ids)
     sampler = sample.Sampler(temperature, top_k, top_p, repetition_penalty, generator)
     vocab_size = vocab_size or model.config.vocab_size
     drafter = Lookup(vocab_size) if draft == "lookup" else Draft(draft, sampler, vocab_size)

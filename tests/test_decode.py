@@ -11,21 +11,13 @@ import decode
 import sample
 import speculative
 from decode import DTYPES, NarrowLinear, SummingCache, narrow
-from model import Llama, ModelConfig, causal_attention
+from model import causal_attention
 from quant_t4 import Int8LinearT4, quantize
+from tests.test_sample import llama
 
 CONTEXT = 32
 UNIT = {"fp32": 2**-24, "bf16": 2**-8, "fp16": 2**-11, "int8": 2**-8}  # half the distance of 1 and the next number
 NARROWED = [(dtype, False) for dtype in DTYPES] + [("int8", True)]
-
-
-def llama(**changes):
-    """A tiny model with weights so large that its likeliest tokens change from place to place."""
-    model = Llama(ModelConfig(**dict(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                     num_attention_heads=4, max_position_embeddings=CONTEXT) | changes))
-    for p in model.parameters():
-        p.data.uniform_(0.5, 1.5) if p.dim() == 1 else p.data.normal_(0, 1.5 * p.size(1) ** -0.5)
-    return model
 
 
 def reference(model):
@@ -189,7 +181,7 @@ def test_summing_cache(rng):
     cache = SummingCache(7)
     cache.length = 4
     cache.advance(3)
-    assert torch.equal(cache.attend(q, k, k), causal_attention(q, k, k, cache.mask(3)))
+    assert torch.equal(cache.attend(q, k, k), causal_attention(q, k, k))
 
 
 # -----------------------------------------------------------------------------

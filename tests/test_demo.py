@@ -26,6 +26,7 @@ import tokenizer
 from config import BadInput, Config
 from exhibits import Entry, Loaded, Shelf
 from model import Llama, ModelConfig, expand_heads
+from tests import test_sample
 from tests.commands import ROOT
 
 VOCABULARY = tokenizer.load("quickstart-2048")
@@ -37,11 +38,7 @@ HOSTILE = ["<img src=x onerror=alert(1)> & <b>bold</b> </p></div>", "a\0b\x07c\x
 
 def llama(**changes):
     """A tiny model with weights so large that it is sometimes sure and sometimes not."""
-    model = Llama(ModelConfig(**dict(vocab_size=2050, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-                                     num_attention_heads=4, max_position_embeddings=CONTEXT) | changes))
-    for p in model.parameters():
-        p.data.uniform_(0.5, 1.5) if p.dim() == 1 else p.data.normal_(0, 1.5 * p.size(1) ** -0.5)
-    return model
+    return test_sample.llama(**dict(vocab_size=2050, num_hidden_layers=3, max_position_embeddings=CONTEXT) | changes)
 
 
 def shelf_of(*models, names="abcdefgh"):

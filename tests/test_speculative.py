@@ -8,17 +8,13 @@ from transformers.generation.logits_process import (RepetitionPenaltyLogitsProce
 
 import sample
 import speculative
-from model import Llama, ModelConfig
+from tests import test_sample
 
 
 def llama(**changes):
     """A tiny model with weights so large that it is sure of something else at every place, in FP64: no near ties."""
-    model = Llama(ModelConfig(**dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                                     num_attention_heads=4, max_position_embeddings=32, fp32_norms=False,
-                                     fp32_blocks=()) | changes))
-    for p in model.parameters():
-        p.data.uniform_(0.5, 1.5) if p.dim() == 1 else p.data.normal_(0, 1.5 * p.size(1) ** -0.5)
-    return model.double()
+    return test_sample.llama(**dict(vocab_size=40, num_hidden_layers=1, fp32_norms=False, fp32_blocks=())
+                             | changes).double()
 
 
 def passes_of(model):
