@@ -5,16 +5,17 @@ work for so much reading, so a step can take no less time than the weights take 
 than that is overhead. Hence two things, and either works without the other:
 
 1. Fewer bytes (`narrow`): the weights in 16 bits, or as INT8 with a scale for each row.
-2. No overhead (`Compiled`): torch.compile makes one program of the step for one token, in which a product of a weight
-   matrix and a vector is written as what it is, the sums of its rows. For that the compiler writes its own loop, which
-   keeps up with the memory, widens narrow weights on the way and takes in what stands before and after; a library's
-   matrix product, made for matrices, is two to four times as slow on the machines we had (BENCHMARKS.md).
+2. No overhead (`Compiled`): torch.compile makes one program of the step for one token, from its id to the choice of the
+   next, in which a product of a weight matrix and a vector is written as what it is, the sums of its rows. For that the
+   compiler writes its own loop, which keeps up with the memory, widens narrow weights on the way and takes in what
+   stands before and after; a library's matrix product, made for matrices, is slower (BENCHMARKS.md).
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from choice import Sampler, choose_of_few
 from config import brief
 from model import KVCache, Llama
 from quant_t4 import quantize
@@ -28,8 +29,8 @@ class NarrowLinear(nn.Module):
     """A Linear whose weight lies in memory in another type than FP32.
 
     In 16 bits it gives what a Linear gives under autocast, in that type. With INT8 weights inputs and results are as
-    they come, and the sums FP32 (but where few rows are not compiled, a CPU's kernel has all in bfloat16); or
-    (round_inputs) inputs are rounded to INT8 too, row by row, and the sums are those of integers, as in
+    they come, and the sums FP32 (but of a few rows, or one that is not compiled, a CPU's kernel has all in bfloat16);
+    or (round_inputs) inputs are rounded to INT8 too, row by row, and the sums are those of integers, as in
     quantization-aware training (quant_t4.py).
     """
 
@@ -55,15 +56,20 @@ class NarrowLinear(nn.Module):
 
     def product(self, rows):
         """rows (rows, in) @ weight.T in the type of rows, widening the weight if need be: (rows, out)."""
-        few, compiling = len(rows) <= FEW and rows.device.type == "cpu", torch.compiler.is_compiling()
-        if few and len(rows) == 1 and compiling:
-            return (self.weight.float() * rows.float()).sum(-1).to(rows.dtype).unsqueeze(0)  # (out, in) -> (1, out)
-        if few and self.scale is not None and not compiling and rows.size(1) % 16 == 0:  # it reads 16 at a time
-            ones = torch.ones(len(self.weight), dtype=torch.bfloat16)  # the scale comes later
-            return torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).to(rows.dtype)
-        if few and len(rows) > 1:
-            return (self.weight.to(rows.dtype) @ rows.t()).t()  # MKL is quicker with few columns than with few rows
-        return F.linear(rows, self.weight.to(rows.dtype))
+        weight, count = self.weight, len(rows)
+        if rows.device.type != "cpu" or count > FEW:
+            return F.linear(rows, weight.to(rows.dtype))
+        if count == 1 and torch.compiler.is_compiling():
+            return (weight.float() * rows.float()).sum(-1).to(rows.dtype).unsqueeze(0)  # (out, in) -> (1, out)
+        if self.scale is not None and rows.size(1) % 16 == 0:  # it reads 16 at a time
+            ones = torch.ones(len(weight), dtype=torch.bfloat16)  # the scale comes later
+            return torch._weight_int8pack_mm(rows.bfloat16(), weight, ones).to(rows.dtype)
+        # MKL is quicker with few columns than with few rows, and with two small products than with a single one.
+        weight, columns = weight.to(rows.dtype), rows.t()  # (out, in), (in, rows)
+        if count == 1 and rows.dtype == torch.float32 and len(weight) % 2 == 0:
+            halves = weight.view(2, -1, weight.size(1))  # (out, in) -> (2, out / 2, in)
+            return torch.bmm(halves, columns.expand(2, -1, -1)).view(1, -1)  # (2, out / 2, 1) -> (1, out)
+        return (weight @ columns).t() if count > 1 else F.linear(rows, weight)
 
 
 def narrow(model: Llama, dtype: str, round_inputs: bool = False) -> Llama:
@@ -84,13 +90,51 @@ class SummingCache(KVCache):
 
     def attend(self, q, k, v):
         B, H, T, D = q.shape
-        if T > 1 or q.is_cuda:
+        if T > 1:
             return super().attend(q, k, v)
-        q = q.view(B, k.size(1), -1, 1, D).float()  # (B, H, 1, D) -> (B, K, H / K, 1, D)
+        q = q.view(B, k.size(1), -1, 1, D).float() * D ** -0.5  # (B, H, 1, D) -> (B, K, H / K, 1, D)
         k, v = k.unsqueeze(2).float(), v.unsqueeze(2).float()  # (B, K, 1, S, D)
-        weights = ((q * k).sum(-1) * D ** -0.5).softmax(-1)  # (B, K, H / K, S)
-        y = (weights.unsqueeze(-1) * v).sum(-2)  # (B, K, H / K, D)
-        return y.view(B, H, T, D)
+        scores = (q * k).sum(-1)  # (B, K, H / K, S)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        y = (weights.unsqueeze(-1) * v).sum(-2) / weights.sum(-1, keepdim=True)  # softmax, divided at the end
+        return y.view(B, H, T, D)  # (B, K, H / K, D) -> (B, H, 1, D)
+
+
+class Step(nn.Module):
+    """What is compiled: the logits of some tokens, and the choice of the next.
+
+    A program is handed all parameters at every call. Two tensors instead of two hundred save it a tenth of a step:
+    hence `pack` and `unpack`.
+    """
+
+    def __init__(self, model: Llama):
+        super().__init__()
+        self.model, self.lm_head = model.model, model.lm_head
+        self.kinds = {}  # dtype -> {name of a parameter: its shape}
+        for name, parameter in self.named_parameters():
+            self.kinds.setdefault(parameter.dtype, {})[name] = parameter.shape
+
+    def pack(self) -> dict[torch.dtype, torch.Tensor]:
+        """Lay the parameters of a dtype side by side in one tensor (n,), of which they become views."""
+        named = dict(self.named_parameters())
+        packed = {dtype: torch.cat([named[name].detach().flatten() for name in kind])
+                  for dtype, kind in self.kinds.items()}
+        for name, view in self.unpack(packed).items():
+            named[name].data = view
+        return packed
+
+    def unpack(self, packed: dict[torch.dtype, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters by name, views of what `pack` has made."""
+        views = {}
+        for dtype, kind in self.kinds.items():
+            pieces = packed[dtype].split([shape.numel() for shape in kind.values()])  # (n,) -> (out * in,) each
+            views |= {name: piece.view(shape) for (name, shape), piece in zip(kind.items(), pieces)}
+        return views
+
+    def forward(self, input_ids, cache, seen, settings, chance):
+        """As Llama.forward with a cache, and choice.choose_of_few: logits (B, T, V), tokens (B,)."""
+        logits = self.lm_head(self.model(input_ids, cache))
+        return logits, choose_of_few(logits[:, -1].float(), seen, settings, chance)
 
 
 class Compiled:
@@ -102,10 +146,13 @@ class Compiled:
 
     def __init__(self, model: Llama, lengths: tuple[int, ...] = (1,)):
         self.model, self.config, self.lm_head, self.lengths = model, model.config, model.lm_head, lengths
-        self.on_gpu = model.model.cos.is_cuda
+        self.device = model.model.cos.device
+        self.on_gpu = self.device.type == "cuda"
+        module = Step(model)
+        self.packed = module.pack()
 
-        def step(input_ids, cache):
-            return model.lm_head(model.model(input_ids, cache))
+        def step(packed, *inputs):
+            return torch.func.functional_call(module, module.unpack(packed), inputs)
 
         step.__code__ = step.__code__.replace()  # a copy: programs are kept by code, and other models have theirs
         # On a CPU what calls the loops one after the other is C++ too: up to a tenth quicker, and longer to compile.
@@ -116,24 +163,46 @@ class Compiled:
     def new_cache(self, length: int) -> KVCache:
         """An empty cache for texts of `length` tokens."""
         # With one position more than is ever read: all of a buffer would be contiguous, and want a program of its own.
-        return SummingCache(length + 1, self.model.model.cos.device, grain=256 if self.on_gpu else 1)
+        return KVCache(length + 1, self.device, grain=256) if self.on_gpu else SummingCache(length + 1, self.device)
+
+    def has_program(self, input_ids, cache) -> bool:
+        """Whether these are of a length that is compiled; a prompt is not, which may be as short."""
+        return cache.length > 0 and input_ids.size(1) in self.lengths
 
     @torch.no_grad()
-    def __call__(self, input_ids, cache):
-        """As Llama.forward with a cache: (logits (B, T, vocab_size), None)."""
-        if cache.length == 0 or input_ids.size(1) not in self.lengths:  # a prompt may be as short
-            return self.model(input_ids, cache=cache)
+    def run(self, input_ids, cache, seen, settings, chance):
+        """The compiled Step: logits (B, T, V), tokens (B,)."""
         shape = *input_ids.shape, cache.max_length
         cache.advance(input_ids.size(1))
-        torch._dynamo.mark_dynamic(cache.read, 0)  # a text grows: one program for all lengths
+        if shape not in self.compiled:
+            torch._dynamo.mark_dynamic(cache.read, 0)  # a text grows: one program for all lengths
         if self.on_gpu:
-            for buffer in (*cache.keys.values(), *cache.values.values()):  # a CUDA graph writes into these themselves
-                torch._dynamo.mark_static_address(buffer, guard=False)
+            for tensor in (*self.packed.values(), *cache.keys.values(), *cache.values.values()):
+                torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph takes these, not copies of them
         # Checking before every call that nothing has changed would take as long as a tenth of it; nothing has.
         with torch.compiler.set_stance(skip_guard_eval_unsafe=shape in self.compiled):
-            logits = self.step(input_ids, cache)
+            result = self.step(self.packed, input_ids, cache, seen, settings.to(self.device), chance.to(self.device))
         self.compiled.add(shape)
+        return result
+
+    def __call__(self, input_ids, cache):
+        """As Llama.forward with a cache: (logits (B, T, vocab_size), None)."""
+        if not self.has_program(input_ids, cache):
+            return self.model(input_ids, cache=cache)
+        B, sampler = len(input_ids), Sampler()
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
+        logits, _ = self.run(input_ids, cache, seen, sampler.settings, sampler.chance(B))
         return logits, None
+
+    def choose(self, input_ids, cache, sampler: Sampler, seen, chance):
+        """The tokens that follow input_ids (B, T), as Sampler.choose has it: (B,) int64."""
+        if self.has_program(input_ids, cache):
+            logits, tokens = self.run(input_ids, cache, seen, sampler.settings, chance)
+            if -1 not in tokens.tolist():
+                return tokens
+        else:
+            logits, _ = self.model(input_ids, cache=cache)
+        return sampler.choose(logits[:, -1].float(), seen, chance)
 
 
 @torch.no_grad()
@@ -149,7 +218,7 @@ def compile(model: Llama, batch_size: int = 1, lengths: tuple[int, ...] = (1,)) 
             ids = torch.zeros(batch_size, length, dtype=torch.int64, device=model.model.cos.device)
             model(ids, cache=cache)
             for _ in range(3 if compiled.on_gpu else 1):  # a CUDA graph is recorded in the second, run in the third
-                cache.length = length
+                cache.length = model.config.max_position_embeddings // 2  # so that it looks worth two threads
                 compiled(ids, cache)
     except Exception as error:  # whatever the compiler, the linker or the driver may raise
         return model, brief(error) or type(error).__name__

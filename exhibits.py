@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import checkpoint
-import sample
+from choice import filter_logits
 from config import BadInput, brief
 from model import Llama, ModelConfig, apply_rope, expand_heads
 from tokenizer import TokenizerJsonStream
@@ -215,7 +215,7 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 def kept(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
     """Which of the tokens of logits (V,) sampling could have chosen: (V,) bool."""
-    return sample.filter_logits(logits, temperature, top_k, top_p).isfinite()
+    return filter_logits(logits, temperature, top_k, top_p).isfinite()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 import backend
 import checkpoint
 import decode
+from choice import Sampler
 from config import BadInput, parse, script
 from model import Llama
 
@@ -90,67 +91,6 @@ class Options:
             raise ValueError("speculative writes one text at a time: leave out --num_samples")
 
 
-def penalize_repetition(logits, seen, penalty: float):
-    """Make the tokens `seen` (..., V) bool less likely in logits (..., V): x / penalty if x > 0, else x * penalty."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def filter_logits(logits, temperature: float, top_k: int | None, top_p: float | None):
-    """Logits (..., V) to those of the distribution to draw from; what is cut off becomes -inf."""
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1:
-        probabilities = logits.softmax(-1)
-        likeliest, order = probabilities.topk(min(256, logits.size(-1)))  # in falling order; sorting all takes longer
-        if likeliest.sum(-1).min() < top_p:
-            likeliest, order = probabilities.sort(descending=True)
-        # Cut a token when those before it already reach top_p; so the first always stays.
-        cut = likeliest.cumsum(-1) - likeliest >= top_p
-        kept = logits.gather(-1, order).masked_fill(cut, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
-    return logits
-
-
-@dataclass
-class Sampler:
-    """How a token is chosen: the settings of `generate`, and the generator that chance comes from."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    generator: torch.Generator | None = None
-
-    def penalized(self, logits, seen):
-        """Logits (..., V), those of the tokens `seen` (..., V) bool penalized if the settings say so."""
-        return logits if self.repetition_penalty == 1.0 else penalize_repetition(logits, seen, self.repetition_penalty)
-
-    def choose(self, logits, seen):
-        """The next tokens (B,) int64, of logits (B, V) FP32 and the tokens `seen` (B, V) bool."""
-        if self.temperature == 0:
-            return self.penalized(logits, seen).argmax(-1)
-        return self.draw(self.distribution(logits, seen))
-
-    def distribution(self, logits, seen):
-        """The probabilities (..., V) that `choose` draws from."""
-        logits = self.penalized(logits, seen)
-        if self.temperature == 0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return filter_logits(logits, self.temperature, self.top_k, self.top_p).softmax(-1)
-
-    def draw(self, weights):
-        """An index for each row of weights (B, V), as often as its share of their sum: (B,) int64.
-
-        The first whose sum with all before it passes a number drawn between 0 and the whole; a weight of 0 passes
-        nothing. In float64, where sums of thousands keep the small ones.
-        """
-        sums = weights.double().cumsum(-1)
-        goals = sums[:, -1:] * torch.rand(len(weights), 1, dtype=torch.float64, generator=self.generator)
-        return torch.searchsorted(sums, goals, right=True).clamp(max=weights.size(-1) - 1)[:, 0]
-
-
 def as_ids(input_ids) -> list[int]:
     """input_ids (T,), a list or tensor, as a list. Raises ValueError for an empty prompt."""
     ids = torch.as_tensor(input_ids, dtype=torch.int64).flatten().tolist()
@@ -164,29 +104,45 @@ class Reader:
 
     def __init__(self, model: Llama):
         self.model, self.context = model, model.config.max_position_embeddings
+        self.device = model.lm_head.weight.device
         self.start, self.cache = 0, None  # where in the texts its memory begins
 
     def room(self, length: int) -> int:
         """How many tokens more than `length` can be read before the oldest have to be forgotten."""
         return max(0, self.start + self.context - length) if self.cache else self.context - length
 
-    def read(self, texts: list[list[int]], count: int = 1):
-        """The logits (B, count, V), FP32 on the CPU, that follow each of the last `count` ids of B texts.
+    def unread(self, texts: list[list[int]], count: int = 1):
+        """The ids (B, T) of B texts that have not been read, or of one if nothing has been and all are alike.
 
-        The texts may differ from those read before in their last `count` ids, and be longer or shorter. Texts that are
-        alike are read once. One that outgrows the context is read again from its newest half on.
+        The texts may differ from those read before in their last `count` ids, and be longer or shorter. One that
+        outgrows the context is read again from its newest half on.
         """
-        length, device = len(texts[0]), self.model.lm_head.weight.device
+        length = len(texts[0])
         if not self.cache or not count <= length - self.start <= self.context:
             keep = max(1, self.context // 2) if self.cache else self.context
             self.start, self.cache = max(0, length - keep), self.model.new_cache(self.context)
         self.cache.length = min(self.cache.length, length - self.start - count)
         fresh = [text[self.start + self.cache.length:] for text in texts]
         once = self.cache.length == 0 and all(text == fresh[0] for text in fresh)
-        logits, _ = self.model(torch.tensor(fresh[:1] if once else fresh, device=device), cache=self.cache)
-        if once and len(fresh) > 1:
-            self.cache.repeat(len(fresh))
-        return logits[:, -count:].float().cpu().expand(len(fresh), -1, -1)
+        return torch.tensor(fresh[:1] if once else fresh, device=self.device)
+
+    def read(self, texts: list[list[int]], count: int = 1):
+        """The logits (B, count, V), FP32 on the CPU, that follow each of the last `count` ids of B texts (`unread`)."""
+        ids = self.unread(texts, count)
+        logits, _ = self.model(ids, cache=self.cache)
+        self.cache.repeat(len(texts) // len(ids))
+        return logits[:, -count:].float().cpu().expand(len(texts), -1, -1)
+
+    def choose(self, texts: list[list[int]], sampler: Sampler, seen):
+        """The token that each of B texts goes on with, (B,) int64. What is read gets its mark in `seen` (B, V) bool."""
+        ids = self.unread(texts)
+        seen.scatter_(1, ids.expand(len(texts), -1), True)
+        chance = sampler.chance(len(texts))
+        if isinstance(self.model, decode.Compiled) and len(ids) == len(texts):
+            return self.model.choose(ids, self.cache, sampler, seen, chance)
+        logits, _ = self.model(ids, cache=self.cache)
+        self.cache.repeat(len(texts) // len(ids))
+        return sampler.choose(logits[:, -1].float().expand(len(texts), -1), seen, chance)
 
 
 @torch.no_grad()
@@ -202,17 +158,13 @@ def generate_batch(model: Llama, input_ids, num_samples: int, max_new_tokens: in
     device computed the logits. Raises ValueError for an empty prompt.
     """
     prompt = as_ids(input_ids)
-    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, generator)
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, generator, vocab_size)
     reader, texts = Reader(model), [list(prompt) for _ in range(num_samples)]
-    seen = torch.zeros(num_samples, vocab_size or model.config.vocab_size, dtype=torch.bool)
+    seen = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool, device=reader.device)
     seen[:, prompt] = True
     ended = set()
     for _ in range(max_new_tokens):
-        logits = reader.read(texts)[:, -1, :vocab_size]  # (B, V)
-        tokens = sampler.choose(logits, seen)  # (B,)
-        if repetition_penalty != 1.0:
-            seen.scatter_(1, tokens[:, None], True)
-        for text, token in zip(texts, tokens.tolist()):
+        for text, token in zip(texts, reader.choose(texts, sampler, seen).tolist()):
             text.append(token)
         ended |= {row for row, text in enumerate(texts) if text[-1] == eos_id}
         if len(ended) == num_samples:

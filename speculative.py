@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 
 import sample
+from choice import Sampler, draw
 from model import Llama
 
 
 class Draft:
     """Guesses of a smaller model, drawn with the same settings as the texts."""
 
-    def __init__(self, model: Llama, sampler: sample.Sampler, vocab_size: int):
+    def __init__(self, model: Llama, sampler: Sampler, vocab_size: int):
         self.reader, self.sampler, self.vocab_size = sample.Reader(model), sampler, vocab_size
 
     def guess(self, ids: list[int], seen, count: int):
@@ -35,7 +36,7 @@ class Draft:
         for _ in range(count):
             logits = self.reader.read([ids + guesses])[0, -1, :self.vocab_size]
             distributions.append(self.sampler.distribution(logits, seen))
-            guesses.append(int(self.sampler.draw(distributions[-1][None])))
+            guesses.append(int(draw(distributions[-1][None], self.sampler.chance(1))))
             seen[guesses[-1]] = True
         return guesses, torch.stack(distributions) if guesses else None
 
@@ -68,7 +69,7 @@ def generate(model: Llama, draft: Llama | str, input_ids, max_new_tokens: int, d
     are others for the same seed.
     """
     ids = sample.as_ids(input_ids)
-    sampler = sample.Sampler(temperature, top_k, top_p, repetition_penalty, generator)
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, generator)
     vocab_size = vocab_size or model.config.vocab_size
     drafter = Lookup(vocab_size) if draft == "lookup" else Draft(draft, sampler, vocab_size)
     reader, end = sample.Reader(model), len(ids) + max_new_tokens
@@ -82,12 +83,13 @@ def generate(model: Llama, draft: Llama | str, input_ids, max_new_tokens: int, d
         for place, guess in enumerate([*guesses, None]):
             p = sampler.distribution(logits[place], seen)
             if guess is None:
-                token = int(sampler.draw(p[None]))
+                token = int(draw(p[None], sampler.chance(1)))
             elif torch.rand((), generator=generator) * q[place, guess] < p[guess]:
                 token = guess
             else:
                 missing = (p - q[place]).clamp(min=0)
-                token = int(sampler.draw((missing if missing.any() else p)[None]))  # where p is q, but for rounding: p
+                weights = missing if missing.any() else p  # where p is q, but for rounding: p
+                token = int(draw(weights[None], sampler.chance(1)))
             if token == eos_id:
                 return
             ids.append(token)

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 
+import choice
 import decode
 import sample
 import speculative
-from decode import DTYPES, NarrowLinear, SummingCache, narrow
+from decode import DTYPES, NarrowLinear, Step, SummingCache, narrow
 from model import causal_attention
 from quant_t4 import Int8LinearT4, quantize
 from tests.test_sample import llama
@@ -187,6 +188,21 @@ def test_summing_cache(rng):
 # -----------------------------------------------------------------------------
 # compiled
 
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_parameters(rng, dtype, tied):
+    """Packed, a model computes what it did, of parameters that lie in one tensor for each type."""
+    model, ids = narrow(llama(tie_word_embeddings=tied), dtype), torch.randint(60, (2, CONTEXT))
+    names, before = [name for name, _ in model.named_parameters()], model(ids)[0]
+    packed = Step(model).pack()
+    assert sum(map(torch.numel, packed.values())) == sum(p.numel() for p in model.parameters())
+    assert len(packed) == (1 if dtype == "fp32" else 2) and [name for name, _ in model.named_parameters()] == names
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert storages == {numbers.data_ptr() for numbers in packed.values()}
+    assert torch.equal(model(ids)[0], before)
+
+
 def in_steps(model, cache, ids):
     """The logits of ids, a list, read one at a time."""
     return torch.cat([model(torch.tensor([[token]]), cache)[0] for token in ids], dim=1)
@@ -250,6 +266,29 @@ def test_compiled_and_guessed(rng, fp32):
         assert_likeliest(plain, prompt, list(speculative.generate(model, draft, prompt, 70, 3)))
 
 
+@pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(temperature=1.3, top_p=0.8, repetition_penalty=1.4),
+                                      dict(temperature=2.0, top_k=7, vocab_size=50), dict(repetition_penalty=1.4)])
+def test_compiled_draws(rng, fp32, settings):
+    """With a seed the compiled step draws what is drawn of the plain model's logits, past the context too."""
+    plain, model = fp32
+    prompt, seed = [rng.randrange(50) for _ in range(rng.randint(1, 40))], rng.randrange(2**31)
+    texts = [list(sample.generate(which, prompt, 60, **settings, generator=torch.Generator().manual_seed(seed)))
+             for which in (plain, model)]
+    assert texts[0] == texts[1] and len(texts[0]) == 60
+
+
+def test_compiled_draws_of_many(rng, monkeypatch):
+    """Where the likeliest tokens do not tell what top-p keeps, it is chosen as uncompiled, with the same chance."""
+    monkeypatch.setattr(choice, "LIKELIEST", 4)
+    plain = llama(num_hidden_layers=1, hidden_size=8)
+    model, reason = decode.compile(narrow(deepcopy(plain), "fp32"))
+    chosen, choose = [], choice.Sampler.choose
+    monkeypatch.setattr(choice.Sampler, "choose", lambda *inputs: chosen.append(1) or choose(*inputs))
+    texts = [list(sample.generate(which, [1, 2], 25, 0.9, top_p=0.7, generator=torch.Generator().manual_seed(3)))
+             for which in (model, plain)]
+    assert not reason and texts[0] == texts[1] and len(chosen) > 26
+
+
 def test_compiled_int8(rng, int8):
     """After a prompt of more than eight tokens nothing is rounded but the weights, past the context neither: the text
     is that of an FP32 model with those weights. After a shorter one it is so to the rounding of bfloat16."""
@@ -307,7 +346,7 @@ def test_one_token_alone_is_compiled(rng, monkeypatch):
     plain = llama()
     model, reason = decode.compile(narrow(deepcopy(plain), "fp32"), lengths=(1, 3))
     runs, step = [], model.step
-    model.step = lambda ids, cache: runs.append(tuple(ids.shape)) or step(ids, cache)
+    model.step = lambda packed, ids, *rest: runs.append(tuple(ids.shape)) or step(packed, ids, *rest)
     cache, ids = model.new_cache(CONTEXT), [rng.randrange(60) for _ in range(15)]
     pieces = [ids[:1], ids[1:2], ids[2:4], ids[4:7], ids[7:8], ids[8:12], ids[12:]]
     logits = torch.cat([model(torch.tensor([piece]), cache)[0] for piece in pieces], dim=1)

@@ -129,6 +129,24 @@ def test_a_gpu_that_wants_equal_heads(rng, monkeypatch):
     assert seen == [(6, 6, 6, False)]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_bfloat16_attention(rng, autocast):
+    """Where it is trained on a CPU it is computed in FP32, forward and backward, under autocast too: outputs and
+    gradients are the FP32 ones, rounded."""
+    T = rng.randint(1, 40)
+    inputs = [torch.randn(2, heads, T, 8).bfloat16() for heads in (4, 2, 2)]
+    exact = [x.float().requires_grad_() for x in inputs]
+    ours = [x.clone().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = causal_attention(*ours)
+    wanted = causal_attention(*exact)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    wanted.backward(gradient.float())
+    assert y.dtype == torch.bfloat16 and torch.equal(y, wanted.bfloat16())
+    assert all(torch.equal(x.grad, z.grad.bfloat16()) for x, z in zip(ours, exact))
+
+
 def test_chunked_attention(rng):
     """Outputs and gradients as in one piece, whatever the length of a chunk."""
     K, group, T = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 40)

@@ -1,4 +1,4 @@
-"""The filters are transformers', generation draws from what they leave, and the command says what it did."""
+"""Generation draws from what the filters leave, and the command says what it did."""
 import io
 import json
 import os
@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.generation.logits_process import (RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
-                                                    TopKLogitsWarper, TopPLogitsWarper)
 
 import checkpoint
 import decode
 import portable
 import sample
 import tokenizer
+from choice import Sampler
 from config import Config
 from model import Llama, ModelConfig
 
@@ -46,74 +45,6 @@ def greedy_slowly(model, ids, count):
             start = len(ids) - max(1, context // 2)
         ids.append(int(model(torch.tensor([ids[start:]]))[0][0, -1].argmax()))
     return ids[-count:]
-
-
-# -----------------------------------------------------------------------------
-# the filters
-
-@pytest.mark.parametrize("case", range(20))
-def test_penalty_is_that_of_transformers(rng, case):
-    """Seen tokens of each text of a batch lose what they lose in transformers, on both sides of 0 to the bit; others
-    nothing."""
-    logits, penalty = torch.randn(3, 50) * 5, rng.uniform(0.5, 3)
-    ids = torch.randint(50, (3, rng.randint(1, 80)))
-    seen = torch.zeros(3, 50, dtype=torch.bool).scatter(1, ids, True)
-    theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
-    ours = sample.penalize_repetition(logits, seen, penalty)
-    assert torch.equal(ours, theirs) and torch.equal(ours != logits, seen)
-    assert all(torch.equal(sample.penalize_repetition(logits[i], seen[i], penalty), theirs[i]) for i in range(3))
-
-
-@pytest.mark.parametrize("size", [50, 2000])
-@pytest.mark.parametrize("top_k", [None, 1, 3, 20, 500])
-@pytest.mark.parametrize("top_p", [None, 1.0, 0.9, 0.3, 1e-6])
-def test_filters_are_those_of_transformers(rng, top_k, top_p, size):
-    """Temperature, top-k and top-p, alone or together, leave the logits that transformers leaves, of flat and of steep
-    distributions in one batch, and the same of each alone."""
-    logits, temperature = torch.randn(4, size) * torch.tensor([[0.01], [0.3], [2], [8]]), rng.uniform(0.2, 3)
-    theirs, edge = TemperatureLogitsWarper(temperature)(None, logits), torch.zeros(4, size, dtype=torch.bool)
-    if top_k is not None:
-        theirs = TopKLogitsWarper(top_k)(None, theirs)
-    if top_p is not None and top_p < 1:
-        p, order = theirs.double().softmax(-1).sort(descending=True)
-        before = p.cumsum(-1) - p  # where this is top_p but for rounding, a token may fall on either side
-        edge = edge.scatter(-1, order, (before - top_p).abs() < torch.where(before > 0, 1e-5, 0))
-        theirs = TopPLogitsWarper(top_p)(None, theirs)
-    ours = sample.filter_logits(logits, temperature, top_k, top_p)
-    alone = torch.stack([sample.filter_logits(row, temperature, top_k, top_p) for row in logits])
-    assert not (~edge & (ours != theirs)).any() and not (~edge & (ours != alone)).any() and edge.sum() < 9
-
-
-def test_draws(rng):
-    """Of 30,000 draws for each row of weights, which need not sum to 1, an index comes as often as its weight says, by
-    chi-square, and one without weight never; a seed draws the same again."""
-    weights = torch.rand(4, 40) ** 6 * torch.tensor([[1e-20], [1], [1e-3], [1e20]])
-    weights[torch.rand(4, 40) < 0.3] = 0
-    weights[:, 0], weights[:, 39], weights[3, :39] = 0, 0, 0
-    weights[:3, 20], weights[3, 5] = weights[:3].amax(-1), 1e-30  # the last row has one index alone
-    seed, draws = rng.randrange(2**31), 30_000
-    drawn = []
-    for _ in range(2):
-        sampler = sample.Sampler(1.0, generator=torch.Generator().manual_seed(seed))
-        drawn.append(sampler.draw(weights.repeat(draws, 1)).view(draws, 4))
-    assert torch.equal(*drawn) and drawn[0].dtype == torch.int64
-    for row in range(4):
-        counts = torch.bincount(drawn[0][:, row], minlength=40)
-        wanted = draws * weights[row].double() / weights[row].double().sum()
-        assert len(counts) == 40 and not counts[wanted == 0].any()
-        common = wanted > 10  # chi-square is not for rare ones
-        assert ((counts - wanted)[common] ** 2 / wanted[common]).sum() < 120  # 39 degrees of freedom at most
-
-
-def test_distribution(rng):
-    """A Sampler's distribution is the softmax of penalised and filtered logits; greedy, all on their likeliest."""
-    logits, seen = torch.randn(3, 50) * 3, torch.rand(3, 50) < 0.5
-    penalized = sample.penalize_repetition(logits, seen, 1.7)
-    drawn = sample.Sampler(0.8, 9, 0.7, 1.7).distribution(logits, seen)
-    assert torch.equal(drawn, sample.filter_logits(penalized, 0.8, 9, 0.7).softmax(-1))
-    greedy = sample.Sampler(0.0, 9, 0.7, 1.7).distribution(logits, seen)
-    assert torch.equal(greedy, torch.eye(50)[penalized.argmax(-1)])
-    assert torch.equal(sample.Sampler(0.0).draw(greedy), penalized.argmax(-1))
 
 
 # -----------------------------------------------------------------------------
@@ -219,7 +150,7 @@ def batch_slowly(model, prompt, rows, count, sampler, vocab_size):
             start = len(texts[0]) - max(1, context // 2)
         logits = torch.stack([model(torch.tensor([text[start:]]))[0][0, -1, :vocab_size].float() for text in texts])
         seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, torch.tensor(texts), True)
-        for text, token in zip(texts, sampler.draw(sampler.distribution(logits, seen)).tolist()):
+        for text, token in zip(texts, sampler.choose(logits, seen, sampler.chance(len(texts))).tolist()):
             text.append(token)
     return [text[-count:] for text in texts]
 
@@ -235,7 +166,7 @@ def test_batch(rng, context, length):
     settings = dict(temperature=1.5, top_k=rng.choice([None, 9]), top_p=rng.choice([None, 0.9]),
                     repetition_penalty=rng.choice([1.0, 1.5]))
     seed, vocab_size = rng.randrange(2**31), rng.choice([None, 40])
-    sampler = sample.Sampler(**settings, generator=torch.Generator().manual_seed(seed))
+    sampler = Sampler(**settings, generator=torch.Generator().manual_seed(seed))
     rows = batch_slowly(model, prompt, 3, 30, sampler, vocab_size)
     for eos_id in (None, rows[0][0], rows[1][-1], rng.randrange(40)):
         generator = torch.Generator().manual_seed(seed)
