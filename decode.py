@@ -41,6 +41,7 @@ class NarrowLinear(nn.Module):
         if dtype == torch.int8:
             weight, scale = quantize(weight)  # (out, in), (out, 1)
             self.scale = nn.Parameter(scale.flatten(), requires_grad=False)  # (out)
+            self.register_buffer("ones", torch.ones(len(weight), dtype=torch.bfloat16), persistent=False)
         self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)  # (out, in)
 
     def forward(self, x):
@@ -62,8 +63,7 @@ class NarrowLinear(nn.Module):
         if count == 1 and torch.compiler.is_compiling():
             return (weight.float() * rows.float()).sum(-1).to(rows.dtype).unsqueeze(0)  # (out, in) -> (1, out)
         if self.scale is not None and rows.size(1) % 16 == 0:  # it reads 16 at a time
-            ones = torch.ones(len(weight), dtype=torch.bfloat16)  # the scale comes later
-            return torch._weight_int8pack_mm(rows.bfloat16(), weight, ones).to(rows.dtype)
+            return torch._weight_int8pack_mm(rows.bfloat16(), weight, self.ones).to(rows.dtype)  # the scale comes later
         # MKL is quicker with few columns than with few rows, and with two small products than with a single one.
         weight, columns = weight.to(rows.dtype), rows.t()  # (out, in), (in, rows)
         if count == 1 and rows.dtype == torch.float32 and len(weight) % 2 == 0:
@@ -156,8 +156,8 @@ class Compiled:
 
         step.__code__ = step.__code__.replace()  # a copy: programs are kept by code, and other models have theirs
         # On a CPU what calls the loops one after the other is C++ too: up to a tenth quicker, and longer to compile.
-        self.step = (torch.compile(step, mode="reduce-overhead") if self.on_gpu else
-                     torch.compile(step, options={"cpp_wrapper": True}))
+        how = dict(mode="reduce-overhead") if self.on_gpu else dict(options={"cpp_wrapper": True})
+        self.step = torch.compile(step, dynamic=False, **how)  # but for what is marked as dynamic
         self.compiled = set()  # (B, T, length of the cache) of which there is a program
 
     def new_cache(self, length: int) -> KVCache:

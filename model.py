@@ -181,7 +181,7 @@ class KVCache:
     def advance(self, count: int):
         """Take in the next `count` tokens: `positions` (T,) are theirs, `read` (S,) those that will be read."""
         start, self.length = self.length, self.length + count
-        self.positions = torch.arange(start, self.length, device=self.steps.device)
+        self.positions = self.steps[start:self.length]
         self.read = self.steps[:math.ceil(self.length / self.grain) * self.grain]
 
     def extend(self, layer: int, k, v):
