@@ -53,15 +53,18 @@ CONFIGS = Path(__file__).with_name("config")
 DOCUMENT = 5000  # characters
 
 
-def alternate(runs, rounds):
+def alternate(runs, rounds, settle=False):
     """Time functions in turns, after one run of each to warm up.
 
     runs    {name: function without arguments}
+    settle  run each once more before it is timed, so that it finds caches and heap as it left them, not its neighbour
     -> {name: median seconds}
     """
     seconds = {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, run in runs.items():
+            if settle:
+                run()
             start = time.perf_counter()
             run()
             if round_ > 0:
@@ -572,7 +575,7 @@ def bench_decode(arguments):
             engine = llama_cpp(Path(folder), plain, kind)
             if engine:
                 runs[f"llama.cpp, {name}"] = lambda engine=engine: engine(prompt, count)
-        seconds = alternate(runs, arguments.rounds)
+        seconds = alternate(runs, arguments.rounds, settle=True)
     weights = sum(m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Linear)) / 1e6
     limits = {dtype.upper(): reading_time(weights * decode.DTYPES[dtype].itemsize) for dtype in kinds}
     rows = []

@@ -148,17 +148,23 @@ class Compiled:
         self.model, self.config, self.lm_head, self.lengths = model, model.config, model.lm_head, lengths
         self.device = model.model.cos.device
         self.on_gpu = self.device.type == "cuda"
-        module = Step(model)
-        self.packed = module.pack()
+        self.module = Step(model)
+        self.packed = self.module.pack()
+        self.programs = {}  # (B, T, length of the cache) -> what Step is then
+
+    def program(self):
+        """A compiled function (packed, *inputs of Step.forward), for inputs of one shape but for the filled length."""
+        module = self.module
 
         def step(packed, *inputs):
             return torch.func.functional_call(module, module.unpack(packed), inputs)
 
-        step.__code__ = step.__code__.replace()  # a copy: programs are kept by code, and other models have theirs
-        # On a CPU what calls the loops one after the other is C++ too: up to a tenth quicker, and longer to compile.
-        how = dict(mode="reduce-overhead") if self.on_gpu else dict(options={"cpp_wrapper": True})
-        self.step = torch.compile(step, dynamic=False, **how)  # but for what is marked as dynamic
-        self.compiled = set()  # (B, T, length of the cache) of which there is a program
+        step.__code__ = step.__code__.replace()  # a copy: programs are kept by code, and each step has one alone
+        # To check before every call that nothing has changed would take a tenth of it: nothing has. On a CPU what calls
+        # the loops one after the other is C++ too: as much quicker, and longer to compile.
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards),
+                   **({"triton.cudagraphs": True} if self.on_gpu else {"cpp_wrapper": True})}
+        return torch.compile(step, dynamic=False, options=options)  # but for what is marked as dynamic
 
     def new_cache(self, length: int) -> KVCache:
         """An empty cache for texts of `length` tokens."""
@@ -174,16 +180,13 @@ class Compiled:
         """The compiled Step: logits (B, T, V), tokens (B,)."""
         shape = *input_ids.shape, cache.max_length
         cache.advance(input_ids.size(1))
-        if shape not in self.compiled:
+        if shape not in self.programs:
+            self.programs[shape] = self.program()
             torch._dynamo.mark_dynamic(cache.read, 0)  # a text grows: one program for all lengths
         if self.on_gpu:
             for tensor in (*self.packed.values(), *cache.keys.values(), *cache.values.values()):
                 torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph takes these, not copies of them
-        # Checking before every call that nothing has changed would take as long as a tenth of it; nothing has.
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=shape in self.compiled):
-            result = self.step(self.packed, input_ids, cache, seen, settings.to(self.device), chance.to(self.device))
-        self.compiled.add(shape)
-        return result
+        return self.programs[shape](self.packed, input_ids, cache, seen, settings.to(self.device), chance.to(self.device))
 
     def __call__(self, input_ids, cache):
         """As Llama.forward with a cache: (logits (B, T, vocab_size), None)."""

@@ -240,12 +240,12 @@ def assert_likeliest(plain, prompt, ids, tolerance=1e-3):
 def test_compiled_logits(rng, fp32, length):
     """Step by step to the cache's last position, logits are the plain model's to rounding, of the same two programs."""
     plain, model = fp32
-    cache, programs = model.new_cache(CONTEXT), len(model.compiled)
+    cache, programs = model.new_cache(CONTEXT), len(model.programs)
     ids = [rng.randrange(60) for _ in range(CONTEXT)]
     prompt = model(torch.tensor([ids[:length]]), cache)[0]
     logits = torch.cat([prompt, in_steps(model, cache, ids[length:])], dim=1)
     assert (logits - plain(torch.tensor([ids]))[0]).abs().max() < 1e-3
-    assert programs == len(model.compiled) == 2
+    assert programs == len(model.programs) == 2
 
 
 def test_compiled_text(rng, fp32):
@@ -345,8 +345,8 @@ def test_one_token_alone_is_compiled(rng, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain = llama()
     model, reason = decode.compile(narrow(deepcopy(plain), "fp32"), lengths=(1, 3))
-    runs, step = [], model.step
-    model.step = lambda packed, ids, *rest: runs.append(tuple(ids.shape)) or step(packed, ids, *rest)
+    runs, run = [], model.run
+    model.run = lambda ids, *rest: runs.append(tuple(ids.shape)) or run(ids, *rest)
     cache, ids = model.new_cache(CONTEXT), [rng.randrange(60) for _ in range(15)]
     pieces = [ids[:1], ids[1:2], ids[2:4], ids[4:7], ids[7:8], ids[8:12], ids[12:]]
     logits = torch.cat([model(torch.tensor([piece]), cache)[0] for piece in pieces], dim=1)
