@@ -65,7 +65,7 @@ class Options:
     batches, and on a CPU only."""
     compile: bool | None = None
     """Use torch.compile: seconds for each layer, the first time, and then several times the speed; if None, for
-    --max_new_tokens from 2,000 on."""
+    --max_new_tokens from 4,000 on."""
     speculative: str | None = None
     """Have tokens guessed, and several of them checked in one pass: by a smaller model of the same vocabulary (a run,
     out/DRAFT), or with "lookup" by what followed the same words earlier in the text."""
