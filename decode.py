@@ -186,26 +186,22 @@ class Compiled:
         if self.on_gpu:
             for tensor in (*self.packed.values(), *cache.keys.values(), *cache.values.values()):
                 torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph takes these, not copies of them
-        return self.programs[shape](self.packed, input_ids, cache, seen, settings.to(self.device), chance.to(self.device))
+        return self.programs[shape](self.packed, input_ids, cache, seen, settings.to(self.device), chance)
 
     def __call__(self, input_ids, cache):
         """As Llama.forward with a cache: (logits (B, T, vocab_size), None)."""
         if not self.has_program(input_ids, cache):
             return self.model(input_ids, cache=cache)
-        B, sampler = len(input_ids), Sampler()
+        B = len(input_ids)  # the choice is made too, and not looked at
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
-        logits, _ = self.run(input_ids, cache, seen, sampler.settings, sampler.chance(B))
+        chance = torch.zeros(B, 1, dtype=torch.float64, device=self.device)
+        logits, _ = self.run(input_ids, cache, seen, Sampler().settings, chance)
         return logits, None
 
     def choose(self, input_ids, cache, sampler: Sampler, seen, chance):
-        """The tokens that follow input_ids (B, T), as Sampler.choose has it: (B,) int64."""
-        if self.has_program(input_ids, cache):
-            logits, tokens = self.run(input_ids, cache, seen, sampler.settings, chance)
-            if -1 not in tokens.tolist():
-                return tokens
-        else:
-            logits, _ = self.model(input_ids, cache=cache)
-        return sampler.choose(logits[:, -1].float(), seen, chance)
+        """The tokens that follow input_ids (B, T) of a compiled length, as Sampler.choose has it: (B,) int64."""
+        logits, tokens = self.run(input_ids, cache, seen, sampler.settings, chance)
+        return sampler.choose(logits[:, -1].float(), seen, chance) if -1 in tokens.tolist() else tokens
 
 
 @torch.no_grad()
@@ -218,7 +214,7 @@ def compile(model: Llama, batch_size: int = 1, lengths: tuple[int, ...] = (1,)) 
     try:
         for length in lengths:
             cache = compiled.new_cache(model.config.max_position_embeddings)
-            ids = torch.zeros(batch_size, length, dtype=torch.int64, device=model.model.cos.device)
+            ids = torch.zeros(batch_size, length, dtype=torch.int64, device=compiled.device)
             model(ids, cache=cache)
             for _ in range(3 if compiled.on_gpu else 1):  # a CUDA graph is recorded in the second, run in the third
                 cache.length = model.config.max_position_embeddings // 2  # so that it looks worth two threads

@@ -137,8 +137,8 @@ class Reader:
         """The token that each of B texts goes on with, (B,) int64. What is read gets its mark in `seen` (B, V) bool."""
         ids = self.unread(texts)
         seen.scatter_(1, ids.expand(len(texts), -1), True)
-        chance = sampler.chance(len(texts))
-        if isinstance(self.model, decode.Compiled) and len(ids) == len(texts):
+        chance = sampler.chance(len(texts)).to(self.device)
+        if isinstance(self.model, decode.Compiled) and self.model.has_program(ids, self.cache):
             return self.model.choose(ids, self.cache, sampler, seen, chance)
         logits, _ = self.model(ids, cache=self.cache)
         self.cache.repeat(len(texts) // len(ids))
