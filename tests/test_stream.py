@@ -65,13 +65,13 @@ class Text:
         return rows
 
 
-def write_parquet(path, rows, rng, column="text", largest=300, width=64):
+def write_parquet(path, rows, rng, column="text", smallest=1, largest=300, width=64):
     """A Parquet file whose row groups are of all sizes, and which has columns besides the text."""
     schema = pyarrow.schema({"id": pyarrow.int64(), "embedding": pyarrow.binary(), column: pyarrow.string()})
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         done = 0
         while done < len(rows):
-            some = rows[done:done + rng.randint(1, largest)]
+            some = rows[done:done + rng.randint(smallest, largest)]
             numbers = list(range(done, done + len(some)))
             embeddings = [rng.randbytes(width) for _ in some]
             writer.write_table(pyarrow.table([numbers, embeddings, some], schema=schema))
@@ -791,7 +791,8 @@ def test_only_the_text_is_downloaded(rng, remote):
     """A Parquet file's other columns stay where they are."""
     path = remote.path / "wide.parquet"
     text = Text(rng)
-    write_parquet(path, [text.document(300) for _ in range(400)], rng, width=200_000)
+    rows = [text.document(300) for _ in range(400)]
+    write_parquet(path, rows, rng, smallest=100, width=200_000)  # 5 MB are read ahead for each row group, of 20 MB
     remote.hub.files = {"wide.parquet": path.read_bytes()}
     code, out, err = far(remote)
     assert code == 0, (out, err)
