@@ -29,8 +29,8 @@ class NarrowLinear(nn.Module):
     """A Linear whose weight lies in memory in another type than FP32.
 
     In 16 bits it gives what a Linear gives under autocast, in that type. With INT8 weights inputs and results are as
-    they come, and the sums FP32 (but of a few rows, or one that is not compiled, a CPU's kernel has all in bfloat16);
-    or (round_inputs) inputs are rounded to INT8 too, row by row, and the sums are those of integers, as in
+    they come, and the sums FP32 (but of a few rows that are not compiled a CPU's kernel has all in bfloat16); or
+    (round_inputs) inputs are rounded to INT8 too, row by row, and the sums are those of integers, as in
     quantization-aware training (quant_t4.py).
     """
 
@@ -60,8 +60,8 @@ class NarrowLinear(nn.Module):
         weight, count = self.weight, len(rows)
         if rows.device.type != "cpu" or count > FEW:
             return F.linear(rows, weight.to(rows.dtype))
-        if count == 1 and torch.compiler.is_compiling():
-            return (weight.float() * rows.float()).sum(-1).to(rows.dtype).unsqueeze(0)  # (out, in) -> (1, out)
+        if torch.compiler.is_compiling():
+            return self.sums(rows.float()).to(rows.dtype)
         if self.scale is not None and rows.size(1) % 16 == 0:  # it reads 16 at a time
             return torch._weight_int8pack_mm(rows.bfloat16(), weight, self.ones).to(rows.dtype)  # the scale comes later
         # MKL is quicker with few columns than with few rows, and with two small products than with a single one.
@@ -70,6 +70,13 @@ class NarrowLinear(nn.Module):
             halves = weight.view(2, -1, weight.size(1))  # (out, in) -> (2, out / 2, in)
             return torch.bmm(halves, columns.expand(2, -1, -1)).view(1, -1)  # (2, out / 2, 1) -> (1, out)
         return (weight @ columns).t() if count > 1 else F.linear(rows, weight)
+
+    def sums(self, rows):
+        """As `product`, of FP32 rows, for the compiler to make one loop over the weight of, with a sum for each row."""
+        if len(rows) > 1:
+            # as_strided wants them in memory. Else the loop would compute them anew for every row of the weight.
+            rows = rows.as_strided(rows.shape, (rows.size(1), 1))
+        return torch.stack([(self.weight.float() * row).sum(-1) for row in rows])  # (out, in) -> (rows, out)
 
 
 def narrow(model: Llama, dtype: str, round_inputs: bool = False) -> Llama:
@@ -162,8 +169,10 @@ class Compiled:
         step.__code__ = step.__code__.replace()  # a copy: programs are kept by code, and each step has one alone
         # To check before every call that nothing has changed would take a tenth of it: nothing has. On a CPU what calls
         # the loops one after the other is C++ too: as much quicker, and longer to compile.
+        # Its loops may round once where they multiply and add, as the processor does.
         options = {"guard_filter_fn": lambda guards: [False] * len(guards),
-                   **({"triton.cudagraphs": True} if self.on_gpu else {"cpp_wrapper": True})}
+                   **({"triton.cudagraphs": True} if self.on_gpu else
+                      {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"})}
         return torch.compile(step, dynamic=False, options=options)  # but for what is marked as dynamic
 
     def new_cache(self, length: int) -> KVCache:

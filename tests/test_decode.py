@@ -304,15 +304,17 @@ def test_compiled_int8(rng, int8):
 
 
 @torch.no_grad()
-def test_compiled_batch(rng, fp32):
-    """A batch gets a program of its own at its first step; its logits are the plain model's, and so are its texts."""
-    plain, model = fp32
-    prompt, cache = [rng.randrange(60) for _ in range(3)], model.new_cache(CONTEXT)
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_compiled_batch(rng, request, kind):
+    """A batch gets a program of its own at its first step; its logits are the plain model's (INT8 rounds nothing but the
+    weights, after a prompt of more than eight tokens), and so are its texts."""
+    plain, model = request.getfixturevalue(kind)
+    prompt, cache = [rng.randrange(60) for _ in range(9)], model.new_cache(CONTEXT)
     model(torch.tensor([prompt]), cache)
     cache.repeat(3)
-    ids = torch.tensor([prompt + [rng.randrange(60) for _ in range(CONTEXT - 3)] for _ in range(3)])
-    logits = torch.cat([model(torch.tensor(step)[:, None].contiguous(), cache)[0] for step in ids.t()[3:].tolist()], 1)
-    assert (logits - plain(ids)[0][:, 3:]).abs().max() < 1e-3
+    ids = torch.tensor([prompt + [rng.randrange(60) for _ in range(CONTEXT - 9)] for _ in range(3)])
+    logits = torch.cat([model(torch.tensor(step)[:, None].contiguous(), cache)[0] for step in ids.t()[9:].tolist()], 1)
+    assert (logits - plain(ids)[0][:, 9:]).abs().max() < 1e-3
     rows = zip(*sample.generate_batch(model, prompt, 3, 50))
     for row in rows:
         assert_likeliest(plain, prompt, list(row))
