@@ -23,6 +23,7 @@ from quant_t4 import quantize
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 FEW = 8  # rows at most for which a library's usual product is the wrong one
 COMPILE_FROM = 4000  # tokens from which compiling pays: more layers take longer to compile, and save more each time
+COMPILE_SEVERAL_FROM = 8000  # the same of several texts at once, for which the compiler writes longer loops
 
 
 class NarrowLinear(nn.Module):

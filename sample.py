@@ -65,7 +65,7 @@ class Options:
     batches, and on a CPU only."""
     compile: bool | None = None
     """Use torch.compile: seconds for each layer, the first time, and then several times the speed; if None, for
-    --max_new_tokens from 4,000 on."""
+    --max_new_tokens from 4,000 on, or 8,000 with several samples."""
     speculative: str | None = None
     """Have tokens guessed, and several of them checked in one pass: by a smaller model of the same vocabulary (a run,
     out/DRAFT), or with "lookup" by what followed the same words earlier in the text."""
@@ -311,7 +311,8 @@ def load_model(path: Path, options: Options, device: backend.Backend, lengths: t
     note(f"[{step_dir}: {model.num_parameters():,} parameters, {state['step']:,} steps{bits}"
          + (f"; curves in {curves}]" if curves.is_file() else "]"))
     model = decode.narrow(model.to(device.device), options.dtype, options.int8_activations)
-    if options.compile or options.compile is None and options.max_new_tokens >= decode.COMPILE_FROM:
+    pays_from = decode.COMPILE_FROM if options.num_samples == 1 else decode.COMPILE_SEVERAL_FROM
+    if options.compile or options.compile is None and options.max_new_tokens >= pays_from:
         started = time.monotonic()
         model, reason = decode.compile(model, options.num_samples, lengths)
         seconds = time.monotonic() - started

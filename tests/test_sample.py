@@ -358,8 +358,8 @@ def test_command_with_narrow_weights_and_guesses(run, command, options, narrowed
 
 
 def test_command_compiles(run, command, monkeypatch, tmp_path):
-    """--compile compiles, and so does a long text without being told; where that fails, a line says why. The text is
-    the same."""
+    """--compile compiles, and so does a long text without being told, several texts that are longer; where that fails,
+    a line says why. The text is the same."""
     text = "Once upon" + by_hand(run, "Once upon", 40)[1] + "\n"
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", partial(torch_compile, backend="eager"))
@@ -370,6 +370,10 @@ def test_command_compiles(run, command, monkeypatch, tmp_path):
     monkeypatch.setattr(decode, "COMPILE_FROM", 40)
     code, out, err = command(*GREEDILY, 40)
     assert code == 0 and out == text and "[compiled in " in err
+    for pays_from in (40, 41):
+        monkeypatch.setattr(decode, "COMPILE_SEVERAL_FROM", pays_from)
+        code, out, err = command(*GREEDILY, 40, "--num_samples", 2)
+        assert code == 0 and out == 2 * text and ("[compiled in " in err) == (pays_from == 40)
     monkeypatch.setattr(torch, "compile", partial(torch_compile, backend=lambda *_: open(tmp_path / "nowhere")))
     code, out, err = command(*GREEDILY, 40)
     assert code == 0 and out == text
