@@ -7,7 +7,8 @@ How fast this code is, next to its peers.
     python bench.py t4                        # the INT8 linears; what a GPU of --capability 7.5 will choose
     python bench.py qat                       # what quantization-aware training buys, by training it
     python bench.py train                     # a training step, next to the plain transformers loop
-    python bench.py decode                    # tokens, next to transformers and (make compat) llama.cpp
+    python bench.py prefill                   # reading a prompt, next to transformers and (make compat) llama.cpp
+    python bench.py decode                    # writing tokens, next to the same
     python bench.py start                     # from a command to its first step and its first token; the batches
 
 A speed alone says as much about the machine as about the code. So a peer runs in the same
@@ -465,8 +466,8 @@ def training_step(model, loss, device, dtype):
 
 
 def bench_train(arguments):
-    """Training tokens/s of Stentor3-20M's shape: this model and transformers', eager and compiled."""
-    config, rows = load([str(CONFIGS / "stentor3_20m.py")]).model, []
+    """Training tokens/s of a config's shape: this model and transformers', eager and compiled."""
+    config, rows = load([str(CONFIGS / f"{arguments.config}.py")]).model, []
     device = backend.pick(tpu=False)
     uniform = replace(config, fp32_blocks=())  # as transformers computes: autocast in every block
     for B, T in arguments.shapes:
@@ -494,14 +495,24 @@ def bench_train(arguments):
                          f"{seconds[f'transformers, {precision}'] / time_:.2f}",
                          f"{seconds['transformers, FP32'] / time_:.2f}", f"{flops / time_ / rates[precision]:.0%}",
                          f"{first[name]:.0f} s"))
-    print(f"Stentor3-20M's shape, {machine()}, torch {torch.__version__}, medians of {arguments.rounds}; BF16 is "
+    print(f"{arguments.config}'s shape, {machine()}, torch {torch.__version__}, medians of {arguments.rounds}; BF16 is "
           f"autocast, of ours with the FP32 blocks and norms\n")
     return ("batch", "what", "tokens/s", "x transformers, same precision", "x transformers, FP32",
             "of the GEMM rate", "first step"), rows
 
 
 # -----------------------------------------------------------------------------
-# decode
+# prefill and decode
+
+KINDS = {"fp32": "float32", "bf16": "bfloat16", "int8": "q8_0"}  # llama.cpp's name for the same type
+
+
+def narrowed(plain, dtype, **more):
+    """A copy of a model with weights of this type, on the device that sample.py would take."""
+    model = Llama(plain.config)
+    model.load_state_dict(plain.state_dict())
+    return decode.narrow(model.to(backend.pick(dtype="float32", tpu=False).device), dtype, **more)
+
 
 def reading_time(megabytes):
     """Seconds to read so many MB of memory once: their sum, the median of 30."""
@@ -530,36 +541,67 @@ def llama_cpp(folder, model, kind):
     return run
 
 
+@torch.no_grad()
+def bench_prefill(arguments):
+    """Tokens/s of reading a prompt of half the context, up to the logits that follow it."""
+    config = load([str(CONFIGS / f"{arguments.config}.py")]).model
+    device = backend.pick(dtype="float32", tpu=False).device
+    length, plain = config.max_position_embeddings // 2, Llama(config).eval()
+    prompt = torch.randint(config.vocab_size, (length,)).tolist()
+    ids, peer = torch.tensor([prompt], device=device), theirs(config).to(device).eval()
+
+    def reading(model):
+        return lambda: sample.Reader(model).read([prompt])
+
+    runs = {"transformers, FP32": lambda: peer.lm_head(peer.model(ids, use_cache=True)[0][:, -1:])}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype, kind in KINDS.items():
+            runs[f"ours, {dtype.upper()}"] = reading(narrowed(plain, dtype))
+            if dtype == "int8" and device.type == "cpu":
+                runs["ours, INT8 inputs too"] = reading(narrowed(plain, dtype, round_inputs=True))
+            engine = llama_cpp(Path(folder), plain, kind)
+            if engine:
+                runs[f"llama.cpp, {dtype.upper()}"] = lambda engine=engine: engine(prompt, 0)
+        seconds = alternate(runs, arguments.rounds, settle=True)
+    flops = length * plain.flops_per_token(length) / 3  # the forward pass is a third of a training step
+    rates = {"FP32": gemm_rate(torch.float32, device), "BF16": gemm_rate(torch.bfloat16, device)}
+    rows = []
+    for name, time_ in seconds.items():
+        precision = name.split(", ")[1].split()[0]
+        peer_time = seconds.get(f"llama.cpp, {precision}")
+        rows.append((name, f"{length / time_:,.0f}", f"{seconds['transformers, FP32'] / time_:.2f}",
+                     f"{peer_time / time_:.2f}" if peer_time else "",
+                     f"{flops / time_ / rates[precision]:.0%}" if precision in rates else ""))
+    print(f"{arguments.config}'s shape, random weights, {machine()}, torch {torch.__version__}; {length:,} tokens, "
+          f"medians of {arguments.rounds}\n")
+    return ("what", "tokens/s", "x transformers, FP32", "x llama.cpp, same type", "of the GEMM rate"), rows
+
+
 def bench_decode(arguments):
-    """Tokens/s of Stentor3-20M's shape: greedy texts of 256 tokens after 32."""
-    config, count = load([str(CONFIGS / "stentor3_20m.py")]).model, 256
-    prompt = torch.randint(config.vocab_size, (32,)).tolist()
+    """Tokens/s of greedy texts of 256 tokens after 32, one and several at once."""
+    config = load([str(CONFIGS / f"{arguments.config}.py")]).model
+    prompt, at_once = torch.randint(config.vocab_size, (32,)).tolist(), f"{arguments.samples} at once"
+    count = min(256, config.max_position_embeddings - len(prompt))
     torch.manual_seed(0)
     plain = Llama(config).eval()
     plain.lm_head.weight.data *= 12  # logits as far apart as a trained model's, which filters take less time for
 
-    def narrowed(dtype, **more):
-        model = Llama(config)
-        model.load_state_dict(plain.state_dict())
-        return decode.narrow(model.to(device.device), dtype, **more)
-
     def text(model, samples=1, **settings):
         return lambda: list(sample.generate_batch(model, prompt, samples, count, **settings))
 
-    device = backend.pick(dtype="float32", tpu=False)
-    peer = theirs(config).to(device.device).eval()
-    ids = torch.tensor([prompt], device=device.device)
+    device = backend.pick(dtype="float32", tpu=False).device
+    peer = theirs(config).to(device).eval()
+    ids = torch.tensor([prompt], device=device)
     runs = {"transformers, FP32": lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                                         min_new_tokens=count, max_new_tokens=count, pad_token_id=0)}
     first = {}  # seconds of compiling
-    kinds = {"fp32": "float32", "bf16": "bfloat16", "int8": "q8_0"}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype, kind in kinds.items():
+        for dtype, kind in KINDS.items():
             name = dtype.upper()
-            model = narrowed(dtype)
+            model = narrowed(plain, dtype)
             runs[f"eager, {name}"] = text(model)
-            runs[f"eager, {name}, 8 at once"] = text(model, 8)
-            for samples, label in ((1, f"compiled, {name}"), (8, f"compiled, {name}, 8 at once")):
+            runs[f"eager, {name}, {at_once}"] = text(model, arguments.samples)
+            for samples, label in ((1, f"compiled, {name}"), (arguments.samples, f"compiled, {name}, {at_once}")):
                 start = time.perf_counter()
                 compiled, reason = decode.compile(model, samples)
                 if reason:
@@ -568,21 +610,21 @@ def bench_decode(arguments):
                 runs[label] = text(compiled, samples)
                 if samples == 1:
                     runs[f"{label}, with filters"] = text(compiled, temperature=0.8, top_p=0.9, repetition_penalty=1.1)
-            if dtype == "int8":
-                dynamic = narrowed("int8", round_inputs=True)
+            if dtype == "int8" and device.type == "cpu":
+                dynamic = narrowed(plain, dtype, round_inputs=True)
                 runs["eager, INT8 inputs too"] = text(dynamic)
-                runs["eager, INT8 inputs too, 8 at once"] = text(dynamic, 8)
+                runs[f"eager, INT8 inputs too, {at_once}"] = text(dynamic, arguments.samples)
             engine = llama_cpp(Path(folder), plain, kind)
             if engine:
                 runs[f"llama.cpp, {name}"] = lambda engine=engine: engine(prompt, count)
         seconds = alternate(runs, arguments.rounds, settle=True)
     weights = sum(m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Linear)) / 1e6
-    limits = {dtype.upper(): reading_time(weights * decode.DTYPES[dtype].itemsize) for dtype in kinds}
+    limits = {dtype.upper(): reading_time(weights * decode.DTYPES[dtype].itemsize) for dtype in KINDS}
     rows = []
     for name, time_ in seconds.items():
         precision = name.split(", ")[1].split()[0]
-        samples = 8 if "8 at once" in name else 1
-        single = seconds[name.removesuffix(", 8 at once")] / time_ * samples
+        samples = arguments.samples if name.endswith(at_once) else 1
+        single = seconds[name.removesuffix(f", {at_once}")] / time_ * samples
         peer_time = seconds.get(f"llama.cpp, {precision}")
         rows.append((name, f"{samples * count / time_:,.0f}",
                      f"{samples * seconds['transformers, FP32'] / time_:.2f}",
@@ -590,8 +632,8 @@ def bench_decode(arguments):
                      f"{single:.1f}" if samples > 1 else "",
                      f"{limits[precision] * count / time_:.0%}" if samples == 1 else "",
                      f"{first[name]:.0f} s" if name in first else ""))
-    print(f"Stentor3-20M's shape, random weights, {machine()}, torch {torch.__version__}; {count} greedy tokens after "
-          f"{len(prompt)}, reading these included, medians of {arguments.rounds}\n")
+    print(f"{arguments.config}'s shape, random weights, {machine()}, torch {torch.__version__}; {count} greedy tokens "
+          f"after {len(prompt)}, reading these included, medians of {arguments.rounds}\n")
     return ("what", "tokens/s", "x transformers, FP32", "x llama.cpp, same type", "x one at a time",
             "of the reading speed", "compiled in"), rows
 
@@ -645,7 +687,7 @@ def pair(text):
 
 
 SECTIONS = {"tokenizer": bench_tokenizer, "prepare": bench_prepare, "t4": bench_t4, "qat": bench_qat,
-            "train": bench_train, "decode": bench_decode, "start": bench_start}
+            "train": bench_train, "prefill": bench_prefill, "decode": bench_decode, "start": bench_start}
 
 
 def main():
@@ -658,6 +700,8 @@ def main():
     parser.add_argument("--capability", default="7.5", help="of the GPU to tell of (default: %(default)s, a T4's)")
     parser.add_argument("--seeds", type=int, default=3, help="to train with (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1200, help="to train for (default: %(default)s)")
+    parser.add_argument("--config", default="stentor3_20m", help="whose shape to train and run (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=8, help="texts to write at once (default: %(default)s)")
     parser.add_argument("--shapes", type=pair, nargs="+", default=[(8, 256), (2, 1024)],
                         help="of the batches to train on (default: 8x256 2x1024)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: %(default)s)")

@@ -198,15 +198,15 @@ class Compiled:
                 torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph takes these, not copies of them
         return self.programs[shape](self.packed, input_ids, cache, seen, settings.to(self.device), chance)
 
-    def __call__(self, input_ids, cache):
+    def __call__(self, input_ids, cache, logits_to_keep=None):
         """As Llama.forward with a cache: (logits (B, T, vocab_size), None)."""
         if not self.has_program(input_ids, cache):
-            return self.model(input_ids, cache=cache)
+            return self.model(input_ids, cache=cache, logits_to_keep=logits_to_keep)
         B = len(input_ids)  # the choice is made too, and not looked at
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
         chance = torch.zeros(B, 1, dtype=torch.float64, device=self.device)
         logits, _ = self.run(input_ids, cache, seen, Sampler().settings, chance)
-        return logits, None
+        return (logits if logits_to_keep is None else logits[:, -logits_to_keep:]), None
 
     def choose(self, input_ids, cache, sampler: Sampler, seen, chance):
         """The tokens that follow input_ids (B, T) of a compiled length, as Sampler.choose has it: (B,) int64."""

@@ -79,15 +79,17 @@ class Theirs:
         """An empty cache, which grows."""
         return Past()
 
-    def __call__(self, input_ids, cache=None):
-        """input_ids (B, T) -> (logits (B, T, V), None), the tokens taken to follow those in the cache."""
+    def __call__(self, input_ids, cache=None, logits_to_keep=None):
+        """input_ids (B, T) -> (logits (B, T, V), None), the tokens taken to follow those in the cache; or the last
+        logits_to_keep of them. (All are computed: the option has had two names in transformers.)"""
+        kept = slice(None) if logits_to_keep is None else slice(-logits_to_keep, None)
         if cache is None:
-            return self.model(input_ids=input_ids, use_cache=False).logits, None
+            return self.model(input_ids=input_ids, use_cache=False).logits[:, kept], None
         if cache.past is not None and cache.past.get_seq_length() > cache.length:
             cache.past.crop(cache.length - cache.past.get_seq_length())  # a negative number: so many of the newest
         output = self.model(input_ids=input_ids, past_key_values=cache.past, use_cache=True)
         cache.past, cache.length = output.past_key_values, cache.length + input_ids.size(1)
-        return output.logits, None
+        return output.logits[:, kept], None
 
 
 @dataclass

@@ -340,16 +340,18 @@ class Llama(nn.Module):
                 residual = self.config.scale_residual_init and name.endswith(("o_proj", "down_proj"))
                 module.weight.normal_(0.0, residual_std if residual else std)
 
-    def forward(self, input_ids, targets=None, cache=None):
+    def forward(self, input_ids, targets=None, cache=None, logits_to_keep=None):
         """Next-token logits, and the loss where targets are given.
 
         input_ids (B, T) int64; targets (B, T) int64, target -100 meaning "do not count". With a KVCache the tokens
         are taken to follow those already in it. Returns (logits (B, T, vocab_size), loss): the loss is the mean
-        cross-entropy in nats per counted token, a 0-D FP32 tensor, or None.
+        cross-entropy in nats per counted token, a 0-D FP32 tensor, or None. With logits_to_keep, T of the logits is
+        that many, the last: of a prompt nobody wants the others, and the head is a tenth of a tiny model's work.
         """
         if cache is not None:
             cache.advance(input_ids.size(1))
-        logits = self.lm_head(self.model(input_ids, cache))  # (B, T, V)
+        x = self.model(input_ids, cache)  # (B, T, C)
+        logits = self.lm_head(x if logits_to_keep is None else x[:, -logits_to_keep:])  # (B, T, V)
         if targets is None:
             return logits, None
         # log-softmax over thousands of entries wants FP32, whatever precision made the logits

@@ -129,9 +129,9 @@ class Reader:
     def read(self, texts: list[list[int]], count: int = 1):
         """The logits (B, count, V), FP32 on the CPU, that follow each of the last `count` ids of B texts (`unread`)."""
         ids = self.unread(texts, count)
-        logits, _ = self.model(ids, cache=self.cache)
+        logits, _ = self.model(ids, cache=self.cache, logits_to_keep=count)
         self.cache.repeat(len(texts) // len(ids))
-        return logits[:, -count:].float().cpu().expand(len(texts), -1, -1)
+        return logits.float().cpu().expand(len(texts), -1, -1)
 
     def choose(self, texts: list[list[int]], sampler: Sampler, seen):
         """The token that each of B texts goes on with, (B,) int64. What is read gets its mark in `seen` (B, V) bool."""
@@ -140,7 +140,7 @@ class Reader:
         chance = sampler.chance(len(texts)).to(self.device)
         if isinstance(self.model, decode.Compiled) and self.model.has_program(ids, self.cache):
             return self.model.choose(ids, self.cache, sampler, seen, chance)
-        logits, _ = self.model(ids, cache=self.cache)
+        logits, _ = self.model(ids, cache=self.cache, logits_to_keep=1)
         self.cache.repeat(len(texts) // len(ids))
         return sampler.choose(logits[:, -1].float().expand(len(texts), -1), seen, chance)
 

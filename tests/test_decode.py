@@ -230,12 +230,15 @@ def int8():
 
 
 @torch.no_grad()
-def assert_likeliest(plain, prompt, ids, tolerance=1e-3):
-    """Each id is the plain model's likeliest after the prompt and those before it, or as likely but for rounding."""
-    reader = sample.Reader(plain)
+def assert_likeliest(plain, prompt, ids, tolerance=1e-3, when_read=None):
+    """Each id is the plain model's likeliest after the prompt and those before it, or as likely but for rounding; where
+    a text was just read, or read again, up to when_read."""
+    reader, start = sample.Reader(plain), None
     for place, token in enumerate(ids):
         logits = reader.read([prompt + ids[:place]])[0, -1]
-        assert logits[token] > logits.max() - tolerance, (prompt, ids, place)
+        allowed = tolerance if when_read is None or start == reader.start else when_read
+        assert logits[token] > logits.max() - allowed, (prompt, ids, place)
+        start = reader.start
 
 
 @torch.no_grad()
@@ -294,13 +297,14 @@ def test_compiled_draws_of_many(rng, monkeypatch):
 
 def test_compiled_int8(rng, int8):
     """After a prompt of more than eight tokens nothing is rounded but the weights, past the context neither: the text
-    is that of an FP32 model with those weights. After a shorter one it is so to the rounding of bfloat16."""
+    is that of an FP32 model with those weights. After a shorter one it is so to the rounding of bfloat16, as is the
+    first token after any reading, for which the head has a single row."""
     plain, model = int8
     for length, tolerance in ((9, 1e-3), (30, 1e-3), (1, 1.0), (4, 1.0)):
         prompt = [rng.randrange(60) for _ in range(length)]
         ids = list(sample.generate(model, prompt, 70))
-        assert_likeliest(plain, prompt, ids[:CONTEXT - length], tolerance)
-        assert_likeliest(plain, prompt, ids, tolerance)
+        assert_likeliest(plain, prompt, ids[:CONTEXT - length], tolerance, when_read=1.0)
+        assert_likeliest(plain, prompt, ids, tolerance, when_read=1.0)
 
 
 @torch.no_grad()
@@ -317,7 +321,7 @@ def test_compiled_batch(rng, request, kind):
     assert (logits - plain(ids)[0][:, 9:]).abs().max() < 1e-3
     rows = zip(*sample.generate_batch(model, prompt, 3, 50))
     for row in rows:
-        assert_likeliest(plain, prompt, list(row))
+        assert_likeliest(plain, prompt, list(row), when_read=1.0 if kind == "int8" else None)
 
 
 @torch.no_grad()

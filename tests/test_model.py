@@ -244,6 +244,21 @@ def test_cache_in_chunks(rng, case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kept", [1, 3, 8])
+def test_logits_to_keep(rng, kept):
+    """The last so many logits are those of all, with a cache and without, and the head multiplies no other rows."""
+    model, rows = llama(shape(**IN_FLOAT64)).double(), []
+    ids = random_ids(rng, model.config, 2, 8)
+    whole = model(ids)[0]
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].size(1)))
+    for cache in (None, KVCache(8)):
+        logits, loss = model(ids, cache=cache, logits_to_keep=kept)
+        assert logits.shape == (2, kept, whole.size(-1)) and loss is None
+        assert (logits - whole[:, -kept:]).abs().max() < 1e-10
+    assert rows == [kept, kept]
+
+
+@torch.no_grad()
 def test_generation_with_a_cache(rng):
     """Greedy generation of a batch takes the same tokens, at the same logits, with the cache as without."""
     model = llama(shape(max_position_embeddings=40, **IN_FLOAT64)).double()

@@ -192,11 +192,13 @@ def shapes_of(model):
 
 
 def test_what_is_read(rng):
-    """A prompt is read once for all texts, and then one token of each; past the context the newest half of each."""
+    """A prompt is read once for all texts, and then one token of each; past the context the newest half of each. The
+    head sees the last token alone."""
     model = llama()  # of 32
-    shapes = shapes_of(model)
+    shapes, of_the_head = shapes_of(model), shapes_of(model.lm_head)
     list(sample.generate_batch(model, list(range(30)), 3, 22, 3.0, generator=torch.Generator().manual_seed(1)))
     assert shapes == [(1, 30), (3, 1), (3, 1), (3, 16)] + 16 * [(3, 1)] + [(3, 16), (3, 1)]
+    assert [shape[:-1] for shape in of_the_head] == [(rows, 1) for rows, _ in shapes]
     shapes.clear()
     list(sample.generate(model, range(50), 3))
     assert shapes == [(1, 32), (1, 16), (1, 1)]
