@@ -25,7 +25,7 @@ def shape(**changes):
 def random_shape(rng):
     kv_heads, group = rng.choice([(1, 1), (1, 3), (1, 4), (2, 1), (2, 2), (3, 2), (4, 1)])  # MQA, GQA and MHA
     heads, head_dim = kv_heads * group, rng.choice([None, 2, 6, 16])
-    return shape(vocab_size=rng.randint(3, 200), intermediate_size=rng.randint(1, 100), head_dim=head_dim,
+    return shape(vocab_size=rng.randint(40, 200), intermediate_size=rng.randint(1, 100), head_dim=head_dim,
                  hidden_size=heads * rng.choice([8, 12, 32] if heads > 1 else [24, 64]),
                  num_hidden_layers=rng.randint(1, 4), num_attention_heads=heads, num_key_value_heads=kv_heads,
                  max_position_embeddings=rng.randint(1, 64), rms_norm_eps=10 ** rng.uniform(-8, -1),
