@@ -31,6 +31,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,11 @@ from vocabulary import COMPILED, VocabularyError
 
 CONFIGS = Path(__file__).with_name("config")
 DOCUMENT = 5000  # characters
+
+
+def named(name):
+    """The config of this name in config/, whatever the folder."""
+    return load([str(CONFIGS / f"{name}.py")])
 
 
 def alternate(runs, rounds, settle=False):
@@ -356,7 +362,7 @@ def bench_t4(arguments):
     for dtype in ("float32", "float16" if torch.cuda.is_available() else "bfloat16"):
         device = backend.pick(dtype=dtype, tpu=False)
         for name in ("stentor2_12m", "stentor2_30m"):
-            config = load([str(CONFIGS / f"{name}.py")])
+            config = named(name)
             models = {product: Llama(config.model).to(device.device) for product in ("plain", "fake", "integers")}
             for product in ("fake", "integers"):
                 quant_t4.apply_t4_recipe(models[product], config.int8_linears)
@@ -392,7 +398,7 @@ def bench_qat(arguments):
 
     Runs that are there already are not trained again: out/qat_fp32_1, out/qat_int8_1, ...
     """
-    linears, rows = load([str(CONFIGS / "stentor2_12m.py")]).int8_linears, []
+    linears, rows = named("stentor2_12m").int8_linears, []
     for seed in range(1, arguments.seeds + 1):
         figures = []
         for kind, options in (("fp32", ()), ("int8", ("--int8_linears", *linears, "--int8_product=fake"))):
@@ -467,7 +473,7 @@ def training_step(model, loss, device, dtype):
 
 def bench_train(arguments):
     """Training tokens/s of a config's shape: this model and transformers', eager and compiled."""
-    config, rows = load([str(CONFIGS / f"{arguments.config}.py")]).model, []
+    config, rows = named(arguments.config).model, []
     device = backend.pick(tpu=False)
     uniform = replace(config, fp32_blocks=())  # as transformers computes: autocast in every block
     for B, T in arguments.shapes:
@@ -507,11 +513,18 @@ def bench_train(arguments):
 KINDS = {"fp32": "float32", "bf16": "bfloat16", "int8": "q8_0"}  # llama.cpp's name for the same type
 
 
-def narrowed(plain, dtype, **more):
-    """A copy of a model with weights of this type, on the device that sample.py would take."""
-    model = Llama(plain.config)
-    model.load_state_dict(plain.state_dict())
-    return decode.narrow(model.to(backend.pick(dtype="float32", tpu=False).device), dtype, **more)
+def narrowed(plain, dtype, device, **more):
+    """A copy of a model with weights of this type."""
+    return decode.narrow(deepcopy(plain).to(device), dtype, **more)
+
+
+def next_to_peers(seconds, name, texts=1):
+    """The precision in a run's name; its speed next to transformers in FP32, which writes one text, and to llama.cpp in
+    the same type, which may not be there. All three as words."""
+    precision = name.split(", ")[1].split()[0]
+    speeds = [f"{texts * seconds[peer] / seconds[name]:.2f}" if peer in seconds else ""
+              for peer in ("transformers, FP32", f"llama.cpp, {precision}")]
+    return precision, *speeds
 
 
 def reading_time(megabytes):
@@ -544,7 +557,7 @@ def llama_cpp(folder, model, kind):
 @torch.no_grad()
 def bench_prefill(arguments):
     """Tokens/s of reading a prompt of half the context, up to the logits that follow it."""
-    config = load([str(CONFIGS / f"{arguments.config}.py")]).model
+    config = named(arguments.config).model
     device = backend.pick(dtype="float32", tpu=False).device
     length, plain = config.max_position_embeddings // 2, Llama(config).eval()
     prompt = torch.randint(config.vocab_size, (length,)).tolist()
@@ -556,9 +569,9 @@ def bench_prefill(arguments):
     runs = {"transformers, FP32": lambda: peer.lm_head(peer.model(ids, use_cache=True)[0][:, -1:])}
     with tempfile.TemporaryDirectory() as folder:
         for dtype, kind in KINDS.items():
-            runs[f"ours, {dtype.upper()}"] = reading(narrowed(plain, dtype))
+            runs[f"ours, {dtype.upper()}"] = reading(narrowed(plain, dtype, device))
             if dtype == "int8" and device.type == "cpu":
-                runs["ours, INT8 inputs too"] = reading(narrowed(plain, dtype, round_inputs=True))
+                runs["ours, INT8 inputs too"] = reading(narrowed(plain, dtype, device, round_inputs=True))
             engine = llama_cpp(Path(folder), plain, kind)
             if engine:
                 runs[f"llama.cpp, {dtype.upper()}"] = lambda engine=engine: engine(prompt, 0)
@@ -567,10 +580,8 @@ def bench_prefill(arguments):
     rates = {"FP32": gemm_rate(torch.float32, device), "BF16": gemm_rate(torch.bfloat16, device)}
     rows = []
     for name, time_ in seconds.items():
-        precision = name.split(", ")[1].split()[0]
-        peer_time = seconds.get(f"llama.cpp, {precision}")
-        rows.append((name, f"{length / time_:,.0f}", f"{seconds['transformers, FP32'] / time_:.2f}",
-                     f"{peer_time / time_:.2f}" if peer_time else "",
+        precision, *speeds = next_to_peers(seconds, name)
+        rows.append((name, f"{length / time_:,.0f}", *speeds,
                      f"{flops / time_ / rates[precision]:.0%}" if precision in rates else ""))
     print(f"{arguments.config}'s shape, random weights, {machine()}, torch {torch.__version__}; {length:,} tokens, "
           f"medians of {arguments.rounds}\n")
@@ -579,7 +590,7 @@ def bench_prefill(arguments):
 
 def bench_decode(arguments):
     """Tokens/s of greedy texts of 256 tokens after 32, one and several at once."""
-    config = load([str(CONFIGS / f"{arguments.config}.py")]).model
+    config = named(arguments.config).model
     prompt, at_once = torch.randint(config.vocab_size, (32,)).tolist(), f"{arguments.samples} at once"
     count = min(256, config.max_position_embeddings - len(prompt))
     torch.manual_seed(0)
@@ -598,7 +609,7 @@ def bench_decode(arguments):
     with tempfile.TemporaryDirectory() as folder:
         for dtype, kind in KINDS.items():
             name = dtype.upper()
-            model = narrowed(plain, dtype)
+            model = narrowed(plain, dtype, device)
             runs[f"eager, {name}"] = text(model)
             runs[f"eager, {name}, {at_once}"] = text(model, arguments.samples)
             for samples, label in ((1, f"compiled, {name}"), (arguments.samples, f"compiled, {name}, {at_once}")):
@@ -611,7 +622,7 @@ def bench_decode(arguments):
                 if samples == 1:
                     runs[f"{label}, with filters"] = text(compiled, temperature=0.8, top_p=0.9, repetition_penalty=1.1)
             if dtype == "int8" and device.type == "cpu":
-                dynamic = narrowed(plain, dtype, round_inputs=True)
+                dynamic = narrowed(plain, dtype, device, round_inputs=True)
                 runs["eager, INT8 inputs too"] = text(dynamic)
                 runs[f"eager, INT8 inputs too, {at_once}"] = text(dynamic, arguments.samples)
             engine = llama_cpp(Path(folder), plain, kind)
@@ -622,13 +633,10 @@ def bench_decode(arguments):
     limits = {dtype.upper(): reading_time(weights * decode.DTYPES[dtype].itemsize) for dtype in KINDS}
     rows = []
     for name, time_ in seconds.items():
-        precision = name.split(", ")[1].split()[0]
         samples = arguments.samples if name.endswith(at_once) else 1
         single = seconds[name.removesuffix(f", {at_once}")] / time_ * samples
-        peer_time = seconds.get(f"llama.cpp, {precision}")
-        rows.append((name, f"{samples * count / time_:,.0f}",
-                     f"{samples * seconds['transformers, FP32'] / time_:.2f}",
-                     f"{samples * peer_time / time_:.2f}" if peer_time else "",
+        precision, *speeds = next_to_peers(seconds, name, samples)
+        rows.append((name, f"{samples * count / time_:,.0f}", *speeds,
                      f"{single:.1f}" if samples > 1 else "",
                      f"{limits[precision] * count / time_:.0%}" if samples == 1 else "",
                      f"{first[name]:.0f} s" if name in first else ""))

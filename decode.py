@@ -73,7 +73,7 @@ class NarrowLinear(nn.Module):
         return (weight @ columns).t() if count > 1 else F.linear(rows, weight)
 
     def sums(self, rows):
-        """As `product`, of FP32 rows, for the compiler to make one loop over the weight of, with a sum for each row."""
+        """As `product`, of FP32 rows; of this the compiler makes one loop over the weight, with a sum for each row."""
         if len(rows) > 1:
             # as_strided wants them in memory. Else the loop would compute them anew for every row of the weight.
             rows = rows.as_strided(rows.shape, (rows.size(1), 1))
@@ -198,7 +198,7 @@ class Compiled:
                 torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph takes these, not copies of them
         return self.programs[shape](self.packed, input_ids, cache, seen, settings.to(self.device), chance)
 
-    def __call__(self, input_ids, cache, logits_to_keep=None):
+    def __call__(self, input_ids, cache, logits_to_keep=0):
         """As Llama.forward with a cache: (logits (B, T, vocab_size), None)."""
         if not self.has_program(input_ids, cache):
             return self.model(input_ids, cache=cache, logits_to_keep=logits_to_keep)
@@ -206,7 +206,7 @@ class Compiled:
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
         chance = torch.zeros(B, 1, dtype=torch.float64, device=self.device)
         logits, _ = self.run(input_ids, cache, seen, Sampler().settings, chance)
-        return (logits if logits_to_keep is None else logits[:, -logits_to_keep:]), None
+        return logits[:, -logits_to_keep:], None
 
     def choose(self, input_ids, cache, sampler: Sampler, seen, chance):
         """The tokens that follow input_ids (B, T) of a compiled length, as Sampler.choose has it: (B,) int64."""

@@ -79,17 +79,16 @@ class Theirs:
         """An empty cache, which grows."""
         return Past()
 
-    def __call__(self, input_ids, cache=None, logits_to_keep=None):
-        """input_ids (B, T) -> (logits (B, T, V), None), the tokens taken to follow those in the cache; or the last
-        logits_to_keep of them. (All are computed: the option has had two names in transformers.)"""
-        kept = slice(None) if logits_to_keep is None else slice(-logits_to_keep, None)
+    def __call__(self, input_ids, cache=None, logits_to_keep=0):
+        """As Llama.forward: input_ids (B, T) -> (logits (B, T, V), None), the tokens taken to follow those in the cache.
+        (All logits are computed, whatever is kept: the option has had two names in transformers.)"""
         if cache is None:
-            return self.model(input_ids=input_ids, use_cache=False).logits[:, kept], None
+            return self.model(input_ids=input_ids, use_cache=False).logits[:, -logits_to_keep:], None
         if cache.past is not None and cache.past.get_seq_length() > cache.length:
             cache.past.crop(cache.length - cache.past.get_seq_length())  # a negative number: so many of the newest
         output = self.model(input_ids=input_ids, past_key_values=cache.past, use_cache=True)
         cache.past, cache.length = output.past_key_values, cache.length + input_ids.size(1)
-        return output.logits[:, kept], None
+        return output.logits[:, -logits_to_keep:], None
 
 
 @dataclass

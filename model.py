@@ -340,18 +340,19 @@ class Llama(nn.Module):
                 residual = self.config.scale_residual_init and name.endswith(("o_proj", "down_proj"))
                 module.weight.normal_(0.0, residual_std if residual else std)
 
-    def forward(self, input_ids, targets=None, cache=None, logits_to_keep=None):
+    def forward(self, input_ids, targets=None, cache=None, logits_to_keep=0):
         """Next-token logits, and the loss where targets are given.
 
         input_ids (B, T) int64; targets (B, T) int64, target -100 meaning "do not count". With a KVCache the tokens
         are taken to follow those already in it. Returns (logits (B, T, vocab_size), loss): the loss is the mean
-        cross-entropy in nats per counted token, a 0-D FP32 tensor, or None. With logits_to_keep, T of the logits is
-        that many, the last: of a prompt nobody wants the others, and the head is a tenth of a tiny model's work.
+        cross-entropy in nats per counted token, a 0-D FP32 tensor, or None. logits_to_keep leaves out all logits but
+        those of so many last positions; 0 keeps all, as in transformers. Of a prompt nobody wants the others, and the
+        head is a tenth of a tiny model's work.
         """
         if cache is not None:
             cache.advance(input_ids.size(1))
         x = self.model(input_ids, cache)  # (B, T, C)
-        logits = self.lm_head(x if logits_to_keep is None else x[:, -logits_to_keep:])  # (B, T, V)
+        logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T, V); -0 is 0, the first
         if targets is None:
             return logits, None
         # log-softmax over thousands of entries wants FP32, whatever precision made the logits
