@@ -46,10 +46,10 @@ import quant_t4
 import sample
 import tokenizer
 import train
-from config import BadInput, Source, load
+from config import BadInput, Source, load, script
 from data import Batches, read_meta
 from model import Llama, takes_grouped_heads
-from vocabulary import COMPILED, VocabularyError
+from vocabulary import COMPILED
 
 CONFIGS = Path(__file__).with_name("config")
 DOCUMENT = 5000  # characters
@@ -450,8 +450,12 @@ def gemm_rate(dtype, device):
 
 
 def theirs(config):
-    """transformers' Llama of the same shape, random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """transformers' Llama of the same shape, random weights. Raises BadInput where transformers is not installed."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise BadInput("what this is measured against is transformers: pip install -r requirements-export.txt "
+                       "(make test does)") from None
     return LlamaForCausalLM(LlamaConfig(**export.llama_config(config, 0, "float32")))
 
 
@@ -698,7 +702,7 @@ SECTIONS = {"tokenizer": bench_tokenizer, "prepare": bench_prepare, "t4": bench_
             "train": bench_train, "prefill": bench_prefill, "decode": bench_decode, "start": bench_start}
 
 
-def main():
+def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--vocab", default="quickstart-2048", help="name or path (default: %(default)s)")
@@ -714,13 +718,10 @@ def main():
                         help="of the batches to train on (default: 8x256 2x1024)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    arguments = parser.parse_args()
-    try:
-        header, rows = SECTIONS[arguments.section](arguments)
-    except (BadInput, VocabularyError) as error:
-        sys.exit(f"bench.py: {error}")
+    arguments = parser.parse_args(argv)
+    header, rows = SECTIONS[arguments.section](arguments)
     show(header, rows, arguments.markdown)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
