@@ -80,8 +80,8 @@ class Theirs:
         return Past()
 
     def __call__(self, input_ids, cache=None, logits_to_keep=0):
-        """As Llama.forward: input_ids (B, T) -> (logits (B, T, V), None), the tokens taken to follow those in the cache.
-        (All logits are computed, whatever is kept: the option has had two names in transformers.)"""
+        """As Llama.forward: input_ids (B, T), taken to follow those in the cache -> (logits (B, T, V), None). (All
+        logits are computed, whatever is kept: the option has had two names in transformers.)"""
         if cache is None:
             return self.model(input_ids=input_ids, use_cache=False).logits[:, -logits_to_keep:], None
         if cache.past is not None and cache.past.get_seq_length() > cache.length:
