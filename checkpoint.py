@@ -3,14 +3,17 @@
     out/NAME/step_00001000/   model.safetensors  optimizer.safetensors  state.json
     out/NAME/latest, best     text files that name a step directory
 
-A step directory is written under a temporary name, brought to the disk (fsync) and renamed: a process killed at any
-moment, or a full disk, leaves the checkpoints that were there, and nothing that looks like one and is not. The
-weights carry Hugging Face's parameter names. Nothing is pickled.
+A step directory is written under a temporary name, flushed to the disk (fsync) and then renamed. If the process is
+killed at any moment, or the disk fills up, the earlier checkpoints stay, and no half-written one looks like a whole
+one. The weights have Hugging Face's parameter names. Nothing is pickled.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +22,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 import tokenizer
-from config import BadInput
+from backend import Backend
+from cli import BadInput
 from model import Llama, ModelConfig
 from quant_t4 import dequantize
-from vocabulary import Tokenizer
+from tokenizer import Tokenizer
 
 
 def write(path: Path, data: bytes):
@@ -45,7 +49,7 @@ def sync_directory(path: Path):
 
 
 def replace(path: Path, data: bytes):
-    """Put a file in the place of an older one; a reader sees the one or the other, never a part."""
+    """Replace a file. A reader sees the old one or the new one, never a part."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
         write(partial, data)
@@ -56,8 +60,32 @@ def replace(path: Path, data: bytes):
     sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` at the end of the context. After an error nothing is left of it.
+
+    Raises BadInput if there is already something at `out`.
+    """
+    if out.exists() and not out.is_dir() or out.is_dir() and any(out.iterdir()):
+        raise BadInput(f"{out} is there already, and not empty; delete it or choose another --out")
+    target = out.resolve()
+    if target == Path.cwd() or any(parent.is_file() for parent in target.parents):
+        raise BadInput(f"{out} cannot be made: you are in that directory, or part of the path is a file")
+    above = next(parent for parent in target.parents if parent.is_dir())  # on the same disk, so a rename is enough
+    partial = above / f".{target.name}.{os.getpid()}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        if target.is_dir():
+            target.rmdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def remove(path: Path):
-    """Delete a step directory; one that is killed half-way has already lost the name that `find` looks for."""
+    """Delete a step directory. It loses its name first, so if we are killed half-way `find` does not see the rest."""
     doomed = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -66,11 +94,11 @@ def remove(path: Path):
 
 def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None, state: dict, best: bool,
          keep: int) -> Path:
-    """Save a checkpoint of state["step"] as the latest, and as the best if it is; return its directory.
+    """Save a checkpoint of state["step"] as the latest, and as the best if it is. Returns its directory.
 
-    Without an optimizer it is one to sample from or to begin with, not to resume. `state` is anything that json can
-    hold. Of the other checkpoints the best and the `keep` newest are kept. Raises OSError when the disk is full, with
-    nothing left behind.
+    Without an optimizer you can sample from it or start a run with it, but not resume it. `state` is anything that json
+    can hold. The best and the `keep` newest checkpoints are kept, the others deleted. If the disk is full, raises
+    OSError and leaves nothing behind.
     """
     parameters = dict(model.named_parameters())  # a tied head appears once, as the embedding
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
@@ -85,8 +113,8 @@ def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None, s
         write(partial / "optimizer.safetensors", to_bytes(moments, {"format": "pt"}))
         write(partial / "state.json", json.dumps(state, indent=2).encode())
         sync_directory(partial)
-        # A directory of this step is here only if a run was killed after the rename below and before `latest` named
-        # it, and has come this way again: no pointer names it, so nothing is lost if we are killed in between.
+        # A directory of this step exists only if a run was killed after the rename below and before it wrote `latest`,
+        # and has now reached the same step again. No pointer names it, so deleting it is safe.
         if step_dir.exists():
             remove(step_dir)
         partial.rename(step_dir)
@@ -105,9 +133,9 @@ def save(out_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None, s
 
 
 def find(path: Path, which: str = "latest") -> Path:
-    """The step directory that a path means: itself, or the "latest" or "best" of a run's directory.
+    """The step directory that a path means: the path itself, or the "latest" or "best" of a run's directory.
 
-    A run that has not been evaluated yet has no best: then it is the latest. Raises BadInput where there is none.
+    A run that has not been evaluated yet has no best; then it is the latest. Raises BadInput if there is no checkpoint.
     """
     if (path / "state.json").is_file():
         return path
@@ -121,12 +149,12 @@ def find(path: Path, which: str = "latest") -> Path:
 
 
 def run_dir(step_dir: Path) -> Path:
-    """The run that a step directory is of; itself where it stands alone, as an export does."""
+    """The run that a step directory belongs to. One that stands alone, such as an export, is its own run."""
     return step_dir.parent if (step_dir.parent / "latest").is_file() else step_dir
 
 
 def newest_run(out: Path = Path("out")) -> Path:
-    """The run under out/ that was saved last. Raises BadInput where there is none."""
+    """The run under out/ that was saved last. Raises BadInput if there is none."""
     pointers = sorted(out.glob("*/latest"), key=lambda pointer: pointer.stat().st_mtime)
     if not pointers:
         raise BadInput(f"there is no trained model under {out}/; make one with prepare.py and then train.py")
@@ -134,7 +162,7 @@ def newest_run(out: Path = Path("out")) -> Path:
 
 
 def read_state(step_dir: Path) -> dict:
-    """What was saved beside the weights. Raises BadInput for a damaged file."""
+    """What was saved beside the weights. Raises BadInput if the file is damaged."""
     try:
         return json.loads((step_dir / "state.json").read_text())
     except ValueError as error:
@@ -142,7 +170,7 @@ def read_state(step_dir: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file. Raises BadInput for a missing or damaged one."""
+    """The tensors of a safetensors file. Raises BadInput if it is missing or damaged."""
     try:
         return load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
@@ -151,9 +179,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def fill(model: Llama, weights: dict[str, torch.Tensor], where: str, hint: str):
-    """Copy tensors into the parameters of their names: every one is filled, and nothing is left over.
+    """Copy each tensor into the parameter of its name. Every parameter is filled, and no tensor is left over.
 
-    Raises BadInput, "`where`: ...; `hint`", where names or shapes differ; the model is as it was then.
+    If names or shapes differ, raises BadInput, "`where`: ...; `hint`", and leaves the model as it was.
     """
     parameters = dict(model.named_parameters())
     for name in sorted(parameters.keys() | weights.keys()):
@@ -166,10 +194,10 @@ def fill(model: Llama, weights: dict[str, torch.Tensor], where: str, hint: str):
 
 
 def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Load a checkpoint into the model, and into the optimizer if given; return what was saved as its state.
+    """Load a checkpoint into the model, and into the optimizer if given. Returns the saved state.
 
-    Every parameter is filled and nothing is left over. Raises BadInput for a damaged checkpoint or one of a model of
-    another shape.
+    Every parameter is filled, and no tensor is left over. Raises BadInput if the checkpoint is damaged or holds a model
+    of another shape.
     """
     state = read_state(step_dir)
     parameters = dict(model.named_parameters())
@@ -190,22 +218,19 @@ def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None =
     return state
 
 
-def load_model(step_dir: Path) -> tuple[Llama, dict]:
-    """The model of a checkpoint, built from the shape saved with it, and its state. Raises BadInput as `load` does."""
-    state = read_state(step_dir)
+def read_shape(step_dir: Path, state: dict) -> ModelConfig:
+    """The shape of a checkpoint's model, from its state. Raises BadInput if the state does not describe a model."""
     try:
-        model = Llama(ModelConfig(**state["config"]["model"]))
+        return ModelConfig(**state["config"]["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{step_dir / 'state.json'} does not describe a model: {error!r}") from error
-    load(step_dir, model)
-    return model, state
 
 
 def load_tokenizer(step_dir: Path, state: dict) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with: a file of that name beside it or in its run's directory, or
-    else what tokenizer.load finds.
+    """The tokenizer that a checkpoint was trained with.
 
-    Raises BadInput where it is another than it was or is not named, VocabularyError where there is none.
+    It is a file of that name beside the checkpoint or in its run's directory, or else what tokenizer.load finds. Raises
+    BadInput if it is missing, if the state does not name it, or if it is not the same one.
     """
     try:
         name, sha256 = str(state["config"]["tokenizer"]), state["tokenizer_sha256"]
@@ -216,3 +241,28 @@ def load_tokenizer(step_dir: Path, state: dict) -> Tokenizer:
     if vocabulary.sha256 != sha256:
         raise BadInput(f"{step_dir} was trained with another vocabulary than the {vocabulary.name} that is here")
     return vocabulary
+
+
+@dataclass
+class Trained:
+    """An open checkpoint: its directory, the model, the model's tokenizer, and what was saved beside the weights."""
+
+    step_dir: Path
+    model: Llama
+    vocabulary: Tokenizer
+    state: dict
+
+
+def open_trained(path: Path | None = None, which: str = "best", device: Backend | None = None) -> Trained:
+    """Open a checkpoint: a run (out/NAME), one of its step directories, or the newest run if None.
+
+    The model gets the shape that was saved with it. It goes to `device` and uses that device's attention kernel; with
+    None it stays on the CPU. Raises BadInput as `find`, `load` and `load_tokenizer` do.
+    """
+    step_dir = find(path or newest_run(), which)
+    model = Llama(read_shape(step_dir, read_state(step_dir)))
+    state = load(step_dir, model)
+    vocabulary = load_tokenizer(step_dir, state)
+    if device is not None:
+        model.to(device.device).run_with(device.attention())
+    return Trained(step_dir, model, vocabulary, state)

@@ -1,8 +1,8 @@
 """Bins to batches.
 
-Which tokens a step sees is a pure function of the step. The run's sequences are numbered 0, 1, 2, ... over all
-devices and accumulation steps; `curriculum` gives each number its source, and the number of that source's sequences
-before it gives its block. So resuming needs nothing but the step, and one device reads what eight would.
+Which tokens a step sees is a pure function of the step. The run's sequences are numbered 0, 1, 2, ... over all devices
+and accumulation steps. `curriculum` gives each number its source, and how many sequences of that source come before it
+gives its block. So resuming needs nothing but the step, and one device reads what eight would.
 """
 
 import json
@@ -13,24 +13,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import BadInput, Config
+from cli import BadInput
+from config import Config
 
 
 def curriculum(early: list[float], late: list[float], anneal_start: float, length: int) -> np.ndarray:
     """The source of each sequence of a run: `length` numbers (uint8) that index `early` and `late`.
 
     Source s is owed early[s] of every sequence before anneal_start and late[s] of every one after. After any prefix
-    each source has had what it is owed to within one sequence. That is the chairman assignment problem (Tijdeman
-    1980): sequence j of a source may not come before the source is owed more than j, and must come before it is owed
-    more than j + 1; taking, of the sources that may, the one that must soonest, keeps every such promise.
+    each source has had what it is owed, to within one sequence. This is the chairman assignment problem (Tijdeman
+    1980). Sequence j of a source may not come before the source is owed more than j, and must come before it is owed
+    more than j + 1. Of the sources that may come next, we take the one that must come soonest. That keeps every such
+    promise.
     """
-    may, must = [], []  # for each source and j: the first place where its sequence j may stand; the end of the last
+    may, must = [], []  # for each source and j: the first place for its sequence j, and the end of the last one
     for before, after in zip(np.array(early) / sum(early), np.array(late) / sum(late)):
-        before, after = max(before, 1e-9 / length), max(after, 1e-9 / length)  # all but nothing, so that `owed` rises
+        before, after = max(before, 1e-9 / length), max(after, 1e-9 / length)  # barely above 0, so that `owed` rises
         owed = np.cumsum([0, before * anneal_start, after * (length - anneal_start), 2])  # 2 more, past the end
         times = [0, anneal_start, length, length + 2 / after]
         sequences = np.arange(ceil(owed[-2]) + 1)
-        # A millionth of a sequence makes up for rounding, and for the "all but nothing".
+        # A millionth of a sequence makes up for rounding, and for the "barely above 0".
         may.append(np.floor(np.interp(sequences + 1e-6, owed, times)).astype(int).tolist())
         must.append(np.ceil(np.interp(sequences + 1 - 1e-6, owed, times)).tolist())
 
@@ -46,8 +48,9 @@ def curriculum(early: list[float], late: list[float], anneal_start: float, lengt
 def tokens_needed(config: Config) -> dict[str, int]:
     """Tokens that the bin of each source must hold so that the run uses no block of it twice.
 
-    That is the curriculum's integral over the run, in sequences rounded up, which is the most that `curriculum` takes
-    of a source; and the one token more in which the last block ends. 0 of a source that the run does not use.
+    That is the curriculum's integral over the run, rounded up to whole sequences, which is the most that `curriculum`
+    takes from a source; and one token more, in which the last block ends. It is 0 for a source that the run does not
+    use.
     """
     length = config.max_steps * config.sequences_per_step
     shares = np.array([(source.ratio, source.anneal_ratio) for source in config.sources.values()]).T
@@ -60,14 +63,14 @@ def tokens_needed(config: Config) -> dict[str, int]:
 class Bin:
     """A file of uint16 token ids, read in blocks of block_size + 1 tokens that begin block_size apart.
 
-    The one token that neighbours share is a target in the first and an input in the second, so every token is
-    predicted once. Blocks are read with plain file reads: pages of a memory map would count as resident for ever.
+    Neighbours share one token, a target in the first and an input in the second, so every token is predicted once. We
+    read blocks with plain file reads, because the pages of a memory map would count as resident for ever.
     """
 
     def __init__(self, path: Path, tokens: int, vocab_size: int, block_size: int, first: int | None = None):
-        """Use the first `first` tokens, or all.
+        """Use the first `first` tokens, or all if None.
 
-        Raises BadInput for a file that is missing, not `tokens` long, or holds ids that the vocabulary has not.
+        Raises BadInput if the file is missing, is not `tokens` long, or holds ids that are not in the vocabulary.
         """
         self.path, self.block_size = path, block_size
         if not path.is_file():
@@ -85,17 +88,19 @@ class Bin:
         self.blocks = max(0, min(tokens, first or tokens) - 1) // block_size
 
     def read(self, block: int) -> np.ndarray:
-        """Tokens of a block, (block_size + 1,) uint16."""
+        """The tokens of a block, (block_size + 1,) uint16."""
         self.file.seek(2 * block * self.block_size)
         return np.fromfile(self.file, np.uint16, self.block_size + 1)
 
 
 def read_meta(config: Config) -> dict:
-    """meta.json of the config's data. Raises BadInput, saying what to run, where the data is missing or other data."""
+    """The meta.json of the config's data.
+
+    Raises BadInput, and says what to do, if the data is missing, incomplete, damaged, or not the config's.
+    """
     path = config.data_dir / "meta.json"
     if not path.exists() and (config.data_dir / "progress.json").exists():
-        raise BadInput(f"the data in {config.data_dir} is not complete; prepare.py with the same config goes on with "
-                       f"it")
+        raise BadInput(f"the data in {config.data_dir} is not complete; finish it with prepare.py and the same config")
     if not path.exists():
         raise BadInput(f"there is no prepared data in {config.data_dir}; make it with prepare.py and the same config, "
                        f"or try the model on the quickstart's with --data_dir data/quickstart")
@@ -121,18 +126,21 @@ def read_meta(config: Config) -> dict:
 class Batches:
     """A split of the data as batches: [step] gives this rank's (input_ids, targets), (sequences, block_size) int64.
 
-    The training split mixes the sources by the curriculum, sequences_per_step at a time, and wraps round a source
-    that is used up, its blocks in a new order. The held-out split ("val") is read one source at a time, in order,
-    once, in batches of micro_batch_size sequences a chip; what the last batch lacks is filled with sequences whose
-    targets are all -100, so that every batch has one shape.
+    The training split mixes the sources by the curriculum, sequences_per_step at a time. When a source is used up, it
+    starts over with the source's blocks in a new order. The held-out split ("val") is read one source at a time, once
+    and in order, in batches of micro_batch_size sequences a chip. Sequences whose targets are all -100 fill up the last
+    batch, so that all batches have the same shape.
     """
 
     def __init__(self, config: Config, split: str, source: str | None = None, rank: int = 0, world_size: int = 1,
                  chips: int = 1, first: dict[str, int] | None = None):
-        """Use the first so many tokens of each source's bin, or all: a resumed run goes on with what it began with,
-        though prepare.py has added to it. `chips` is how many of them share this rank's sequences.
+        """Open the bins of a split, of one source or of all.
 
-        Raises BadInput where the bins are missing, disagree with meta.json or are too short for one block.
+        `first` says how many tokens of each source's bin to use, from its start; all if None. So a resumed run keeps
+        the data that it began with, even if prepare.py has added to it. `chips` is how many chips share this rank's
+        sequences.
+
+        Raises BadInput if the bins are missing, disagree with meta.json or are too short for one block.
         """
         meta = read_meta(config)
         self.names = [source] if source else list(config.sources)
@@ -154,25 +162,25 @@ class Batches:
             length = min(self.bins[0].blocks, config.eval_blocks or self.bins[0].blocks)
             self.per_step = config.micro_batch_size * chips
             self.order = np.zeros(length, np.uint8)
-        self.index = np.empty(length, np.int64)  # the how-manieth sequence of its source
+        self.index = np.empty(length, np.int64)  # each sequence's number within its source
         for number in range(len(self.names)):
             here = self.order == number
             self.index[here] = np.arange(here.sum())
         if self.per_step % (world_size * chips):
             raise BadInput(f"{self.per_step} sequences a step do not divide over {world_size * chips} devices")
         self.mine = range(rank * self.per_step // world_size, (rank + 1) * self.per_step // world_size)
-        # One epoch's order of blocks is 8 bytes a block; two a source, as an epoch may end within a step.
+        # An epoch's order takes 8 bytes a block. Keep two for each source, since an epoch may end within a step.
         self.permutation = lru_cache(2 * len(self.names))(self._permutation)
 
     def __len__(self) -> int:
         return ceil(len(self.order) / self.per_step)
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
-        # RandomState's stream is frozen for good (NEP 19): another numpy resumes on the same blocks.
+        # RandomState's stream is frozen for good (NEP 19), so a run resumes on the same blocks with another numpy.
         return np.random.RandomState([self.seed, source, epoch]).permutation(self.bins[source].blocks)
 
     def sequence(self, k: int) -> tuple[int, int]:
-        """Sequence number k of the run as (source, block)."""
+        """The source and the block of the run's sequence number k."""
         source, index = int(self.order[k]), int(self.index[k])
         if self.split == "val":
             return source, index

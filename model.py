@@ -1,8 +1,8 @@
 """The model: Llama, written out by hand.
 
-Read it from the bottom of the stack upwards: the norm, the rotary embedding, attention, the gated MLP,
-a block, then the whole. Every name is the one Hugging Face's LlamaForCausalLM gives the same parameter, so a
-checkpoint of ours is a checkpoint of theirs, and exporting is copying.
+It goes from the smallest part to the largest: the norm, the rotary embedding, attention, the gated MLP, a block, then
+the whole. Every parameter has the name that Hugging Face's LlamaForCausalLM gives it, so our checkpoints are theirs
+too, and exporting is copying.
 
 Shapes in the comments: B sequences, T tokens, C hidden_size, H query heads, K key/value heads, D head_dim.
 
@@ -11,6 +11,7 @@ Papers: Llama (Touvron et al. 2023), RMSNorm (Zhang & Sennrich 2019), RoPE (Su e
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 
 @dataclass
 class ModelConfig:
-    """The shape of a model. Field names are LlamaConfig's, but for the last three, which are ours."""
+    """The shape of a model. The field names are LlamaConfig's; only the last three are ours."""
 
     vocab_size: int = 2048
-    """Rows of the embedding: at least the ids that the tokenizer can give."""
+    """Rows of the embedding: at least one for each id of the tokenizer."""
     hidden_size: int = 256
     """Width of the residual stream."""
     intermediate_size: int = 768
@@ -40,7 +41,7 @@ class ModelConfig:
     max_position_embeddings: int = 256
     """Context length in tokens."""
     rms_norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm. The cards give none: this is LlamaConfig's default."""
+    """Added to the mean square in RMSNorm. The cards do not give it: this is LlamaConfig's default."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths."""
     tie_word_embeddings: bool = False
@@ -48,7 +49,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     scale_residual_init: bool = True
-    """Divide that of o_proj and down_proj by sqrt(2 x layers), as Stentor3 does (Stentor2 does not)."""
+    """Divide it by sqrt(2 x layers) for o_proj and down_proj, as Stentor3 does (Stentor2 does not)."""
     fp32_norms: bool = True
     """Compute every RMSNorm in FP32, whatever autocast says (Stentor3 card, Precision Stability Recipe)."""
     fp32_blocks: tuple[int, ...] = (0, -1)
@@ -57,7 +58,7 @@ class ModelConfig:
     def __post_init__(self):
         """Fill in head_dim.
 
-        Raises ValueError, in one line, for a shape that no Llama has.
+        Raises ValueError, in one line, for a shape that no Llama can have.
         """
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
@@ -73,7 +74,7 @@ class ModelConfig:
                              f"model.num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
-        self.fp32_blocks = tuple(self.fp32_blocks)  # a list where the shape was read from JSON
+        self.fp32_blocks = tuple(self.fp32_blocks)  # a list if the shape comes from JSON
         for block in self.fp32_blocks:
             if not -self.num_hidden_layers <= block < self.num_hidden_layers:
                 raise ValueError(f"model.fp32_blocks names block {block}, and there are {self.num_hidden_layers}")
@@ -88,7 +89,7 @@ class RMSNorm(nn.Module):
         self.eps, self.fp32 = eps, fp32
 
     def forward(self, x):
-        # A mean of squares in bf16 keeps eight bits of them; the card runs all norms in FP32.
+        # In bf16 a mean of squares would keep only eight bits. The card runs all norms in FP32.
         h = x.float() if self.fp32 else x
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (h * self.weight).to(x.dtype)
@@ -107,85 +108,52 @@ def rope_table(length: int, head_dim: int, theta: float):
 def apply_rope(x, cos, sin):
     """Rotate x (B, H, T, D) by its positions; cos and sin are (T, D/2).
 
-    The two members of a pair stand half a head apart, as HF stores them, so that neither an export nor an import
-    permutes anything. The products are FP32, as the tables are: bf16 has eight significant bits, too few to tell
-    position 4,000 from its neighbours.
+    The two members of a pair stand half a head apart, as in HF's weights, so exports and imports permute nothing. The
+    products are FP32, like the tables: bf16 has eight significant bits, too few to tell position 4,000 from its
+    neighbours.
     """
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
-def expand_heads(x, heads: int):
-    """Repeat key or value heads for the query heads that share them: (B, K, S, D) -> (B, heads, S, D)."""
-    return x.repeat_interleave(heads // x.size(1), dim=1)
-
-
-def takes_grouped_heads(capability: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether a GPU of this compute capability has a fast attention kernel for fewer key and value heads than query
-    heads: flash attention is one, from 8.0 on and in 16 bits. For what it cannot do (a T4, an FP32 block) there is
-    the memory-efficient kernel, which wants equal heads; given others PyTorch writes out all scores."""
-    return capability >= (8, 0) and dtype != torch.float32
-
-
-def wants_equal_heads(q) -> bool:
-    """Whether keys and values are to be repeated for these queries. Other devices than GPUs take them as they are."""
-    return q.is_cuda and not takes_grouped_heads(torch.cuda.get_device_capability(q.device), q.dtype)
-
-
-SHORT = 512  # positions up to which a CPU's backward pass takes longer in BF16 than in FP32: at 128, 2.5 times as long
-
-
 def causal_attention(q, k, v, mask=None):
     """Softmax attention of the last T of S positions: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
-    The one place that decides which of PyTorch's kernels it will be. Query head h reads key/value head h // (H / K).
-    With a mask, (T, S) bool, it alone says who sees whom.
+    Query head h reads key/value head h // (H / K). If there is a mask (T, S) bool, it alone says who sees whom. PyTorch
+    picks the kernel; if a device needs another, `Llama.run_with` sets it (backend.py).
     """
     T, S = q.size(2), k.size(2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= SHORT and torch.is_grad_enabled():
-        with torch.autocast("cpu", enabled=False):
-            return causal_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
-    if wants_equal_heads(q):
-        k, v = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
     if mask is None and 1 < T < S:  # several queries after a prefix: query i sees keys up to S - T + i
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == S,
                                           enable_gqa=q.size(1) != k.size(1))
 
 
-def chunked_attention(q, k, v, length: int = 512):
-    """causal_attention of whole sequences, `length` queries at a time, each over the keys up to its last.
-
-    For devices whose only kernel writes out all scores: those above the diagonal are computed within a chunk alone, and
-    where blocks are recomputed (`Llama.run_with`) no more than (length, T) of a head are there at once.
-    """
-    ends = [min(start + length, q.size(2)) for start in range(0, q.size(2), length)]
-    return torch.cat([causal_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end])
-                      for start, end in zip([0, *ends], ends)], dim=2)  # (B, H, T, D)
-
-
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers of `max_length` positions, made at first use.
 
-    Each layer's buffer takes the dtype of what is first put in, so FP32 blocks keep FP32 keys under autocast. What is
-    read is the filled part alone, rounded up to a multiple of `grain`: with a coarse one a compiled model meets few
-    different lengths, and what is not filled yet is masked.
+    Each layer's buffer takes the dtype of its first keys, so FP32 blocks keep FP32 keys under autocast. Attention reads
+    only the filled part, rounded up to a multiple of `grain`. With a coarse grain a compiled model meets few different
+    lengths; positions that are not filled yet are masked.
     """
 
-    def __init__(self, max_length: int, device=None, grain: int = 1):
+    def __init__(self, max_length: int, device: torch.device | None = None, grain: int = 1):
         self.max_length, self.grain = max_length, grain
         self.length = 0  # positions filled in every layer; lower it to forget the newest tokens
         self.steps = torch.arange(math.ceil(max_length / grain) * grain, device=device)
         self.keys, self.values = {}, {}
 
     def advance(self, count: int):
-        """Take in the next `count` tokens: `positions` (T,) are theirs, `read` (S,) those that will be read."""
+        """Prepare for the next `count` tokens: they go to `positions` (T,), and attention will read `read` (S,)."""
         start, self.length = self.length, self.length + count
         self.positions = self.steps[start:self.length]
         self.read = self.steps[:math.ceil(self.length / self.grain) * self.grain]
 
     def extend(self, layer: int, k, v):
-        """Store k and v (B, K, T, D) at `positions`; return what is read, (B, K, S, D) each."""
+        """Store k and v (B, K, T, D) at `positions`. Returns keys and values to read, (B, K, S, D) each, and a mask.
+
+        The mask (T, S) says who sees whom. With a grain of 1 it is None: all that is read is filled, so T and S decide.
+        """
         if layer not in self.keys:
             B, K, _, D = k.shape
             self.keys[layer] = k.new_zeros(B, K, len(self.steps), D)
@@ -193,16 +161,11 @@ class KVCache:
         S = self.read.size(0)
         self.keys[layer].index_copy_(2, self.positions, k)
         self.values[layer].index_copy_(2, self.positions, v)
-        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
-
-    def attend(self, q, k, v):
-        """Attention of the new tokens over what extend has returned: q (B, H, T, D) -> (B, H, T, D)."""
-        # (T, S); with a grain of 1 all that is read is filled, and T and S alone say who sees whom
-        mask = self.read <= self.positions[:, None] if self.grain > 1 else None
-        return causal_attention(q, k, v, mask)
+        mask = self.read <= self.positions[:, None] if self.grain > 1 else None  # (T, S)
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], mask
 
     def repeat(self, count: int):
-        """Go on as `count` sequences that begin alike: what was one is copied."""
+        """Copy what is kept `count` times, for sequences that begin alike and go on differently."""
         if count == 1:
             return
         self.keys = {layer: k.repeat(count, 1, 1, 1) for layer, k in self.keys.items()}  # (count * B, K, S, D)
@@ -210,9 +173,9 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share K key/value heads, so the cache is K / H as large."""
+    """Grouped-query attention: H query heads share K key/value heads, so the cache is only K / H as large."""
 
-    attend = staticmethod(causal_attention)  # of whole sequences
+    attend = staticmethod(causal_attention)  # unless `Llama.run_with` sets another
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -223,15 +186,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache: KVCache | None = None):
+        # Three projections of every token: what it looks for, what it can be found by, and what it passes on.
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        # Turn queries and keys by their positions, so that their products depend on how far apart they are.
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D) each, S = tokens so far
-        y = (self.attend if cache is None else cache.attend)(q, k, v)  # (B, H, T, D)
+        mask = None
+        if cache is not None:  # when generating, the keys and values of earlier tokens are still there
+            k, v, mask = cache.extend(self.layer, k, v)  # (B, K, S, D) each, S = tokens so far
+        # Each token takes a weighted mean of the values before it; then the heads, side by side, are mixed.
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -259,20 +226,20 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.fp32_norms)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        # An island needs both: FP32 inputs, and autocast off, or the products would be cast down again.
+    def forward(self, x, cos, sin, cache: KVCache | None = None):
+        # An FP32 block needs FP32 inputs and autocast off. Otherwise autocast would cast the products down again.
         island = torch.autocast(x.device.type, enabled=False) if self.fp32 else nullcontext()
         with island:
             x = x.float() if self.fp32 else x
-            x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-            x = x + self.mlp(self.post_attention_layernorm(x))
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)  # tokens talk to each other
+            x = x + self.mlp(self.post_attention_layernorm(x))  # each token thinks for itself
         return x
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm. A module of its own only so that names begin with `model.`, as HF's do."""
+    """Embedding, blocks, final norm. It is a module only so that names begin with `model.`, as HF's do."""
 
-    recompute = None  # how to run a block, where it is to be run again in the backward pass (`Llama.run_with`)
+    recompute = None  # if set (`Llama.run_with`), it runs a block now and again in the backward pass
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -283,11 +250,11 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)  # (max_position_embeddings, D/2)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, input_ids, cache=None):
-        """Hidden states (B, T, C) of input_ids (B, T), which a cache has been told of (`KVCache.advance`)."""
+    def forward(self, input_ids, cache: KVCache | None = None):
+        """Hidden states (B, T, C) of input_ids (B, T). If there is a cache, call its `advance` first."""
         positions = slice(input_ids.size(1)) if cache is None else cache.positions
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2) each
-        x = self.embed_tokens(input_ids)  # (B, T, C)
+        x = self.embed_tokens(input_ids)  # (B, T, C), the residual stream, to which every block adds
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = self.recompute(layer, x, cos, sin)
@@ -297,9 +264,9 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model: decoder and output head, FP32 parameters, initialised as the Stentor cards say.
+    """The language model: decoder and output head, with FP32 parameters, initialised as the Stentor cards say.
 
-    Weights are drawn from torch's global generator; seed it first to get the same model twice.
+    The weights come from torch's global generator; seed it first to get the same model twice.
     """
 
     def __init__(self, config: ModelConfig):
@@ -311,13 +278,12 @@ class Llama(nn.Module):
         self.init_weights()
 
     def tie_weights(self):
-        """Make a tied head's weight the embedding's: one parameter under two names. (decode.py's head has its own.)"""
+        """Give a tied head the embedding's weight: one parameter, two names. (A narrowed head has its own.)"""
         if self.config.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def _apply(self, function, recurse=True):
-        """What `.to` and its like do. Where it cannot change a parameter in place (XLA) it makes new ones, and has to
-        be told that two of them are one."""
+    def _apply(self, function: Callable, recurse: bool = True) -> "Llama":
+        """What `.to()` and the like call. On XLA it makes new parameters, so the head must be tied again."""
         super()._apply(function, recurse)
         self.tie_weights()
         return self
@@ -328,8 +294,8 @@ class Llama(nn.Module):
 
         With scale_residual_init the two projections that write into the residual stream, o_proj and down_proj,
         get initializer_range / sqrt(2 x layers), so that the sum of all blocks starts no larger than one (GPT-2;
-        Stentor3 card, Weight Initialization). The Stentor2 card calls its draw a "truncated" normal, but the code
-        it prints is a plain one: the code is followed.
+        Stentor3 card, Weight Initialization). The Stentor2 card speaks of a "truncated" normal, but the code on it
+        draws from a plain one. I follow the code.
         """
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
@@ -340,14 +306,14 @@ class Llama(nn.Module):
                 residual = self.config.scale_residual_init and name.endswith(("o_proj", "down_proj"))
                 module.weight.normal_(0.0, residual_std if residual else std)
 
-    def forward(self, input_ids, targets=None, cache=None, logits_to_keep=0):
-        """Next-token logits, and the loss where targets are given.
+    def forward(self, input_ids, targets=None, cache: KVCache | None = None, logits_to_keep: int = 0):
+        """Next-token logits, and the loss if there are targets.
 
-        input_ids (B, T) int64; targets (B, T) int64, target -100 meaning "do not count". With a KVCache the tokens
-        are taken to follow those already in it. Returns (logits (B, T, vocab_size), loss): the loss is the mean
-        cross-entropy in nats per counted token, a 0-D FP32 tensor, or None. logits_to_keep leaves out all logits but
-        those of so many last positions; 0 keeps all, as in transformers. Of a prompt nobody wants the others, and the
-        head is a tenth of a tiny model's work.
+        input_ids (B, T) int64; targets (B, T) int64, where -100 means "do not count". With a KVCache the tokens
+        follow those already in it. Returns (logits (B, T, vocab_size), loss): the loss is the mean cross-entropy in
+        nats per counted token, a 0-D FP32 tensor, or None. logits_to_keep is how many logits to compute, counted from
+        the last; 0 means all, as in transformers. A prompt needs only its last logits, and the head is a tenth of a
+        tiny model's work.
         """
         if cache is not None:
             cache.advance(input_ids.size(1))
@@ -355,7 +321,7 @@ class Llama(nn.Module):
         logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T, V); -0 is 0, the first
         if targets is None:
             return logits, None
-        # log-softmax over thousands of entries wants FP32, whatever precision made the logits
+        # A log-softmax over thousands of entries needs FP32, whatever precision the logits come in.
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))  # (B*T, V), (B*T)
         return logits, loss
 
@@ -363,10 +329,10 @@ class Llama(nn.Module):
         """An empty KVCache for texts of `length` tokens, on the model's device."""
         return KVCache(length, self.model.cos.device)
 
-    def run_with(self, attention, recompute=None):
-        """Train with another attention than causal_attention, (q, k, v) -> y of the same shapes; and with
-        `recompute(block, x, cos, sin)`, which runs a block and forgets all but its input until the backward pass runs
-        it again (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost)."""
+    def run_with(self, attention: Callable, recompute: Callable | None = None):
+        """Use `attention` in place of causal_attention: (q, k, v, mask) -> y, same shapes. And train with
+        `recompute(block, x, cos, sin)`, if given: it runs a block, keeps only its input, and runs it again in the
+        backward pass (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost)."""
         self.model.recompute = recompute
         for block in self.model.layers:
             block.self_attn.attend = attention
@@ -374,7 +340,7 @@ class Llama(nn.Module):
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """AdamW's two groups: Linear weights decay; embeddings, norms and biases do not (Stentor3 card, AdamW).
 
-        A tied head is the embedding, and does not decay. Raises AssertionError unless every parameter is in
+        A tied head is the embedding, so it does not decay. Raises AssertionError unless every parameter is in
         exactly one group.
         """
         embedding = self.model.embed_tokens.weight
@@ -387,92 +353,15 @@ class Llama(nn.Module):
                 {"params": rest, "weight_decay": 0.0}]
 
     def num_parameters(self) -> int:
-        """Parameters, a tied head counted once."""
+        """The number of parameters. A tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: int) -> int:
         """FLOPs to train on one token (forward and backward) in sequences of `length` tokens.
 
-        6 for every parameter that is in a matrix product, and 12 x layers x H x D x length for attention's own
-        two products (PaLM, Chowdhery et al. 2022, appendix B, which does not discount the causal half).
+        6 for every parameter in a matrix product, and 12 x layers x H x D x length for the two products in attention
+        (PaLM, Chowdhery et al. 2022, appendix B, which counts the masked half too).
         """
         c = self.config
         products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * products + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# python model.py [config/NAME.py] [--field=value ...]: the arithmetic of the model cards, for any config
-
-BYTES = {"FP32": 4, "FP16 / BF16": 2, "INT8": 1, "INT4": 0.5}  # of one weight
-
-
-def count_parameters(model: Llama) -> dict[str, int]:
-    """Parameters by component, in the rows of the Stentor3 card's table. A tied head counts as none."""
-    count = dict.fromkeys(("embedding", "head", "attention", "mlp", "layer norms", "final norm"), 0)
-    components = {"embed_tokens": "embedding", "lm_head": "head", "self_attn": "attention", "mlp": "mlp",
-                  "input_layernorm": "layer norms", "post_attention_layernorm": "layer norms", "norm": "final norm"}
-    for name, parameter in model.named_parameters():
-        part = next(part for part in name.split(".") if part in components)
-        count[components[part]] += parameter.numel()
-    return count
-
-
-def kv_cache_bytes(config: ModelConfig, length: int, bytes_per_element: float) -> float:
-    """Bytes of the keys and values of one sequence: 2 x K x D x layers x length elements (Stentor3 card, "KV cache
-    note").
-
-    The card's own table has half of what this formula, also the card's, gives.
-    """
-    elements = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * length
-    return elements * bytes_per_element
-
-
-def memory_table(config: ModelConfig, parameters: int) -> dict[str, tuple[float, float]]:
-    """Bytes of (weights, KV cache of a full context) at each precision, for one sequence.
-
-    The scales of INT8 and INT4 weights are left out. Such weights are multiplied in 16 bits, and so the cache is kept
-    in 16 (Stentor3 card, Memory Requirements, where both have FP16's cache).
-    """
-    return {name: (parameters * size, kv_cache_bytes(config, config.max_position_embeddings, max(size, 2)))
-            for name, size in BYTES.items()}
-
-
-def main(argv: list[str]):
-    """Print the parameters, memory and arithmetic of a config's model."""
-    from config import load
-
-    run = load(argv)
-    config = run.model
-    with torch.device("meta"):  # shapes without numbers
-        model = Llama(config)
-    count, total = count_parameters(model), model.num_parameters()
-    tied, layers = config.tie_word_embeddings, config.num_hidden_layers
-    embeddings = count["embedding"] + count["head"]
-    rows = [("Embedding table" + (" (and head, tied)" if tied else ""), count["embedding"]),
-            *([] if tied else [("LM head (untied)", count["head"])]),
-            (f"Transformer layers x {layers}", count["attention"] + count["mlp"] + count["layer norms"]),
-            ("  attention", count["attention"]), ("  MLP", count["mlp"]), ("  layer norms", count["layer norms"]),
-            ("Final norm", count["final norm"]), ("Total", total)]
-    print(f"{run.name}: {layers} layers of {config.hidden_size}, MLP of {config.intermediate_size}, "
-          f"{config.num_attention_heads} heads and {config.num_key_value_heads} key/value heads of {config.head_dim}\n")
-    print(f"{'Component':33} {'Parameters':>13} {'Share':>8}")
-    for name, parameters in rows:
-        print(f"{name:33} {parameters:13,} {parameters / total:8.{1 if parameters > total / 1000 else 3}%}")
-    print(f"\nEmbedding and head are {embeddings / total:.1%} of the parameters.\n")
-    print(f"{'Precision':13} {'Weights':>10} {'KV cache':>10} {'Both':>10}   "
-          f"one sequence of {config.max_position_embeddings:,}")
-    for name, (weights, cache) in memory_table(config, total).items():
-        print(f"{name:13} {weights / 1e6:7.1f} MB {cache / 1e6:7.1f} MB {(weights + cache) / 1e6:7.1f} MB")
-    per_token, length = model.flops_per_token(run.block_size), run.block_size
-    tokens = run.max_steps * run.tokens_per_step
-    print(f"\nTraining takes {per_token / 1e6:.1f} MFLOPs a token in sequences of {length:,}, "
-          f"{per_token / 3e6:.1f} of them forward;")
-    print(f"{run.max_steps:,} steps of {run.tokens_per_step:,} tokens are {tokens:,} tokens and "
-          f"{tokens * per_token:.3g} FLOPs.")
-
-
-if __name__ == "__main__":
-    from config import script
-    from model import main  # that of the module which the config's classes come from, not of this second copy of it
-    script(main)

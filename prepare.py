@@ -6,32 +6,19 @@ needs. A bin is nothing but uint16 token ids, the documents joined, each followe
 
     data/NAME/<source>.bin   data/NAME/<source>_val.bin   data/NAME/<source>_quiz.jsonl   data/NAME/meta.json
 
-Every few seconds the bins are brought to the disk, and then progress.json, which says how long they are and where in
-its stream each source stands. Stopped at any moment, the same command goes on from there, and the bins come out the
-same to the last byte. Once they are complete, progress.json becomes meta.json.
-
-A source is whatever the `datasets` library can stream: the hub, local files, the text in library.py. Of its features
-this uses streaming (huggingface.co/docs/datasets/stream), the selection of columns (there, "Column"; a Parquet file's
-other columns, such as embeddings of a few kB a document, are not even downloaded) and the state of a stream (there,
-"Save a dataset checkpoint and resume iteration"). It does without the shuffle buffer, whose content such a state does
-not hold, and which mixes only neighbours: training draws the blocks of a whole bin in random order (data.py).
+Every few seconds the bins go to the disk, and after them progress.json, which says how long they are and where in its
+stream each source stands. Stop it at any moment: the same command goes on from there, and the bins come out the same to
+the last byte. Once they are complete, progress.json becomes meta.json.
 """
 
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import re
 import shutil
 import signal
 import sys
-import threading
 import time
-import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -40,256 +27,71 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint
-import library
 import tokenizer
-from config import BadInput, Config, Source, load, script
+from cli import BadInput, StopRequest, script
+from config import Config, load
 from data import tokens_needed
+from run import duration
+from sources.embedded import QUIZZES
+from sources.streams import embedded_documents, is_embedded, is_remote, open_dataset, patiently
+from sources.workers import tokenized, worker_pool
+from tokenizer import Tokenizer
 
-VERSION = 2  # of the bins: raise it when the same config would give other ids
-CHUNK = 500_000  # characters that a worker gets at a time: a tenth of a second's work
-SAVE_SECONDS = 2  # between two saves: what a kill can cost
-WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # a core each
-WAITS = (2, 10, 30, 120)  # seconds before each new attempt after a network error
-
-
-def clean_text(text: str, preserve_linebreaks: bool = False) -> str:
-    """The Stentor3 card's cleaning (Data Pipeline, Text Preprocessing).
-
-    NFKC; then either trailing white space off every line (code), or all white space to single spaces (prose). What
-    ends a line is whatever str.splitlines and str.split hold for one, so no "\\r" is left, and its token is free to
-    mean "end of document".
-    """
-    if not text.isascii():  # ASCII is NFKC
-        text = unicodedata.normalize("NFKC", text)
-    if preserve_linebreaks:
-        return "\n".join(line.rstrip() for line in text.splitlines()).strip()
-    return " ".join(text.split())
+VERSION = 2  # of the bins: raise it if the same config gives other ids than before
+SAVE_SECONDS = 2  # between two saves: the most that a kill can cost
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading. A position in a stream is [state, used]: a state_dict of the dataset, and how many documents after it.
-
-
-def is_embedded(source: Source) -> bool:
-    """Whether the text is that of library.py."""
-    return source.dataset.startswith("library:")
-
-
-def is_remote(source: Source) -> bool:
-    """Whether the text is on the hub."""
-    return not is_embedded(source) and "/" in source.dataset and not Path(source.dataset).exists()
-
-
-def embedded(source: Source) -> tuple[list[str], int]:
-    """The documents of an embedded source, no two alike, the held-out ones first, and how many those are.
-
-    What stands in a training file too is not held out: that file's code, or its prose, would give it away.
-    """
-    if source.dataset not in library.SOURCES:
-        raise BadInput(f"unknown embedded text {source.dataset!r}; there are {', '.join(library.SOURCES)}")
-    texts = {True: {}, False: {}}  # by whether they are held out; dicts, as sets that keep their order
-    for held_out, text in library.SOURCES[source.dataset]():
-        texts[held_out][clean_text(text, source.preserve_linebreaks)] = None
-    held_out = [text for text in texts[True] if text not in texts[False]]
-    return [*held_out, *texts[False]], len(held_out)
-
-
-def open_dataset(source: Source, texts: list[str] | None, files: list[str]):
-    """A source as a datasets.IterableDataset with one column; `texts` are those of an embedded source.
-
-    `files` are the names that the source's files had at first, and are filled in then: a position counts files, and
-    means nothing among others. Raises BadInput where they have changed, and where there is no such column.
-    """
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we say ourselves what is the matter, and have our own bars
-    import datasets  # only now, when the workers are forked: it starts threads
-
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    if texts is not None:
-        return datasets.Dataset.from_dict({source.column: texts}).to_iterable_dataset()
-    builder = datasets.load_dataset_builder(source.dataset, source.subset, data_files=list(source.data_files) or None)
-    if hasattr(builder.config, "columns"):  # Parquet: read, and download, this column alone
-        builder.config.columns = [source.column]
-    if hasattr(builder.config, "sample_by"):
-        builder.config.sample_by = source.sample_by
-    names = [re.sub("@[0-9a-f]{40}", "", str(file))  # of the hub, without the commit: most change no text
-             for file in (builder.config.data_files or {}).get(source.split, [])]
-    if files and files != names:
-        raise BadInput("its files are others than when this preparation began; prepare it anew in another --data_dir")
-    files[:] = names
-    dataset = builder.as_streaming_dataset(split=source.split)
-    if dataset.features is not None and source.column not in dataset.features:
-        raise BadInput(f"there is no column {source.column!r}; name the one that holds the text (column)")
-    return dataset.select_columns([source.column])
-
-
-def read(dataset, column: str, position: list) -> Iterator[tuple[list[str], list, list]]:
-    """The documents from a position on, in chunks: (texts, position before, position after)."""
-    state, used = position
-    if state is not None:
-        dataset.load_state_dict(state)
-    chunk, size = [], 0
-    for batch in dataset.iter(batch_size=32):  # a third of the time that single rows take
-        texts = [text if text is not None else "" for text in batch[column]]
-        strange = next((text for text in texts if not isinstance(text, str)), None)
-        if strange is not None:
-            raise BadInput(f"the column {column!r} holds {type(strange).__name__}, not text")
-        chunk += texts[used:]
-        size += sum(map(len, texts[used:]))
-        used = max(0, used - len(texts))
-        if size >= CHUNK:
-            after = [dataset.state_dict(), 0]
-            yield chunk, position, after
-            chunk, size, position = [], 0, after
-    if chunk:
-        yield chunk, position, [dataset.state_dict(), 0]
-
-
-def is_network_error(error: BaseException | None) -> bool:
-    """Whether trying again later may help: a lost connection, a server in trouble; not a wrong name or address.
-
-    So it is where the error itself says so, or the one that it came of: the libraries in between give it other names.
-    """
-    if error is None:
-        return False
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", getattr(error, "status", None))  # httpx's and requests'; aiohttp's
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in (408, 429)
-    libraries = ("httpx", "httpcore", "aiohttp", "requests", "urllib3", "asyncio")  # that were in use over the years
-    return (isinstance(error, (ConnectionError, TimeoutError))
-            or any(base.__module__.startswith(libraries) for base in type(error).__mro__)
-            or is_network_error(error.__cause__ or error.__context__))
-
-
-def patiently(name: str, source: Source, open_: Callable, position: list, online: bool,
-              check_ctrl_c: Callable) -> Iterator[tuple]:
-    """`read`, and after a network error `read` again from where it had come to.
-
-    Each of WAITS is waited for in turn, from the first again once something has arrived. Raises BadInput, in one line,
-    when they are used up, at once where there has not been a network yet (`online` says whether this process has had
-    one), and for whatever else keeps a source from being read.
-    """
-    attempt = 0
-    while True:
-        try:
-            for chunk in read(open_(), source.column, position):
-                online, attempt, position = True, 0, chunk[2]
-                yield chunk
-            return
-        except BadInput as error:
-            raise BadInput(f"source {name}, {source.dataset}: {error}") from None
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            if not is_network_error(error):
-                raise BadInput(f"source {name}, {source.dataset}, cannot be read: {reason}") from error
-            if not online or attempt == len(WAITS):
-                raise BadInput(f"source {name}, {source.dataset}, cannot be reached: {reason}. Run the same "
-                               f"command again when there is a network; the quickstart, python prepare.py, needs "
-                               f"none") from error
-            tqdm.write(f"  {name}: {reason}; trying again in {WAITS[attempt]} s")
-            for _ in range(WAITS[attempt]):
-                time.sleep(1)
-                check_ctrl_c()
-            attempt += 1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizing, in a worker process for each core
-
-
-def start_worker(name: str, segmentation: str):
-    """Make this process ready for `encode`."""
-    global vocabulary
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    threading.Thread(target=follow_parent, daemon=True).start()
-    vocabulary = tokenizer.load(name, segmentation)
-
-
-def follow_parent():
-    """End this process when its parent has been killed: nobody would ever give it work again."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def encode(texts: list[str], preserve_linebreaks: bool) -> list[tuple[bytes, int, int]]:
-    """Clean and tokenize documents: for each its ids with the end-of-document id as a bin has them, how many bytes
-    they decode to, and how many the vocabulary could not write. A document that is empty when clean is b""."""
-    eos, encoded = vocabulary.eos_id.to_bytes(2, "little"), []
-    for text in texts:
-        ids, dropped = vocabulary.encode_counted(clean_text(text, preserve_linebreaks))
-        if vocabulary.eos_id in ids:
-            raise BadInput(f"the document that begins {text[:40]!r} holds the end-of-document id {vocabulary.eos_id}: "
-                           f"the vocabulary {vocabulary.name} cannot be used with this text")
-        data = ids.astype("<u2", copy=False).tobytes() + eos if len(ids) else b""
-        encoded.append((data, vocabulary.count_bytes(ids), dropped))
-    return encoded
-
-
-@contextlib.contextmanager
-def worker_pool(*vocabulary: str) -> Iterator[ProcessPoolExecutor]:
-    """Processes that run `encode` with tokenizer.load(*vocabulary), one for each core; ended with the context, in the
-    middle of their work if need be.
-
-    Forked where forking is safe: a fresh interpreter would import torch for each. That must be before this process has
-    threads, so they are started here; the vocabulary's compiled loops come with the fork.
-    """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(WORKERS, context, start_worker, vocabulary)
-    try:
-        pool.submit(encode, ["Hello, world."], False).result()
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-
-
-def tokenized(chunks: Iterator, pool: ProcessPoolExecutor, preserve_linebreaks: bool) -> Iterator[tuple]:
-    """Chunks of texts as chunks of what `encode` returns, in order, read and tokenized some way ahead."""
-    pending = deque()  # of (future, before, after)
-    try:
-        for texts, before, after in chunks:
-            pending.append((pool.submit(encode, texts, preserve_linebreaks), before, after))
-            if len(pending) > 2 * WORKERS:
-                future, before, after = pending.popleft()
-                yield future.result(), before, after
-        while pending:
-            future, before, after = pending.popleft()
-            yield future.result(), before, after
-    finally:
-        for future, _, _ in pending:
-            future.cancel()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def recipe(config: Config, vocabulary) -> dict:
-    """What decides the bins' content, to tell whether a prepared directory is the one that is asked for."""
+def recipe(config: Config, vocabulary: Tokenizer) -> dict:
+    """Everything that decides what is in the bins, to tell whether a prepared directory is the right one."""
     fields = ("dataset", "subset", "data_files", "split", "column", "sample_by", "preserve_linebreaks", "held_out")
     sources = {name: {field: getattr(source, field) for field in fields} for name, source in config.sources.items()}
     made = {"version": VERSION, "tokenizer": {"sha256": vocabulary.sha256}, "sources": sources}
-    return json.loads(json.dumps(made))  # as it is when read again: tuples become lists
+    return json.loads(json.dumps(made))  # as it reads back from a file: tuples become lists
+
+
+def take(documents: list[tuple[bytes, int, int]], counts: dict, unwanted: set[bytes], left: float,
+         most: float) -> tuple[bytes, dict, int, bool]:
+    """Go through a chunk of documents until there are enough.
+
+    documents    as `workers.encode` returns them
+    left         how many documents may still be looked at
+    most         tokens at which the bin is full
+
+    Returns what to write, the new counts, how many documents were looked at, and whether there are enough.
+    """
+    counts, data = counts.copy(), []
+    for number, (document, size, dropped) in enumerate(documents, 1):
+        if document and document not in unwanted:
+            data.append(document)
+            counts["documents"] += 1
+            counts["tokens"] += len(document) // 2
+            counts["bytes"] += size
+            counts["dropped_bytes"] += dropped
+        if number >= left or counts["tokens"] >= most:
+            return b"".join(data), counts, number, True
+    return b"".join(data), counts, len(documents), False
+
+
+def progress_bar(name: str, counts: dict, goal: float, split: str) -> tqdm:
+    """A bar of tokens, only on a terminal and only for training text."""
+    return tqdm(desc=f"  {name}", total=goal if goal < float("inf") else None, initial=counts["tokens"],
+                unit=" tokens", unit_scale=True, mininterval=1, leave=False,
+                disable=None if split == "train" else True)  # None: on a terminal only
 
 
 class Preparation:
-    """The data directory while it is being filled: the bins, and progress.json, which is never ahead of them.
+    """The data directory while it fills up: the bins, and progress.json, which is never ahead of them.
 
-    progress["sources"][name] holds the counts of each split and `position`, where the stream stands; `read`, how many
-    documents of it have been read; `exhausted`, whether that was all.
+    progress["sources"][name] holds the counts of each split; `position`, where the stream stands; `read`, how many
+    documents have been read from it; and `exhausted`, whether those were all.
     """
 
-    def __init__(self, data_dir: Path, progress: dict, check_ctrl_c: Callable):
-        """Cut the bins to what `progress` says: what came after the last save comes again.
+    def __init__(self, data_dir: Path, progress: dict, stop: StopRequest):
+        """Cut the bins to the length that `progress` gives. What came after the last save will come again.
 
-        Raises BadInput for a bin that is shorter than that.
+        Raises BadInput if a bin is shorter than that.
         """
-        self.data_dir, self.progress, self.check_ctrl_c = data_dir, progress, check_ctrl_c
+        self.data_dir, self.progress, self.stop = data_dir, progress, stop
         self.started, self.earlier_seconds = time.monotonic(), progress["seconds"]
         for name, source in progress["sources"].items():
             for split in ("train", "val"):
@@ -304,7 +106,7 @@ class Preparation:
         return self.data_dir / (f"{name}.bin" if split == "train" else f"{name}_val.bin")
 
     def held_out_documents(self) -> set[bytes]:
-        """Every document of the held-out bins, as its bytes there."""
+        """Every document of the held-out bins, as its bytes in the bin."""
         documents = set()
         for name in self.progress["sources"]:
             ids = np.fromfile(self.path(name, "val"), "<u2")
@@ -313,41 +115,30 @@ class Preparation:
         return documents
 
     def save(self):
-        """Bring progress.json up to what is on the disk."""
+        """Bring progress.json up to date with the bins on the disk."""
         self.progress["seconds"] = self.earlier_seconds + time.monotonic() - self.started
         checkpoint.replace(self.data_dir / "progress.json", (json.dumps(self.progress, indent=2) + "\n").encode())
 
     def write(self, name: str, split: str, chunks: Iterator, goal: float, unwanted: set[bytes]):
         """Append a source's documents to the bin of a split until there are enough.
 
-        Enough is `goal` documents read from the stream for "val", and `goal` tokens for "train". Documents in
-        `unwanted` are left out: a copy of a held-out document must not be trained on.
+        For "val", `goal` counts documents read from the stream; for "train", tokens. Documents in `unwanted` are left
+        out: we must not train on a copy of a held-out document.
         """
         source = self.progress["sources"][name]
-        counts = source[split]
-        bar = tqdm(desc=f"  {name}", total=goal if goal < float("inf") else None, initial=counts["tokens"],
-                   unit=" tokens", unit_scale=True, mininterval=1, leave=False,
-                   disable=None if split == "train" else True)  # None: on a terminal only
-        with self.path(name, split).open("ab") as file, bar:
+        with self.path(name, split).open("ab") as file, progress_bar(name, source[split], goal, split) as bar:
             saved = time.monotonic()
             try:
                 for documents, before, after in chunks:
-                    self.check_ctrl_c()
-                    new, position, count = counts.copy(), after, 0
-                    for count, (data, size, dropped) in enumerate(documents, 1):
-                        if data and data not in unwanted:
-                            file.write(data)
-                            new["documents"] += 1
-                            new["tokens"] += len(data) // 2
-                            new["bytes"] += size
-                            new["dropped_bytes"] += dropped
-                        enough = (source["read"] + count if split == "val" else new["tokens"]) >= goal
-                        if enough:
-                            position = [before[0], before[1] + count]
-                            break
-                    bar.update(new["tokens"] - counts["tokens"])
-                    counts = new  # then all at once, whenever Ctrl-C comes: what `finally` saves belongs together
-                    source.update({split: new, "position": position, "read": source["read"] + count})
+                    self.stop.check()
+                    left = goal - source["read"] if split == "val" else float("inf")
+                    most = float("inf") if split == "val" else goal
+                    data, counts, looked_at, enough = take(documents, source[split], unwanted, left, most)
+                    file.write(data)
+                    bar.update(counts["tokens"] - source[split]["tokens"])
+                    position = [before[0], before[1] + looked_at] if enough else after
+                    # In one go, whenever Ctrl-C comes: what `finally` saves belongs together.
+                    source.update({split: counts, "position": position, "read": source["read"] + looked_at})
                     if enough:
                         break
                     if time.monotonic() - saved > SAVE_SECONDS:
@@ -359,40 +150,19 @@ class Preparation:
                 self.sync(file)
 
     def sync(self, file):
-        """Bring a bin to the disk, then the progress that speaks of it."""
+        """Write a bin to the disk, and then the progress that describes it."""
         file.flush()
         os.fsync(file.fileno())
         self.save()
 
 
 @contextlib.contextmanager
-def heeding_ctrl_c():
-    """Give a function that raises KeyboardInterrupt if Ctrl-C has been pressed: to be asked after every chunk.
-
-    Raised just anywhere it may fall into an object's destruction or a fork, and there Python drops it. A second Ctrl-C
-    does not wait to be asked for.
-    """
-    pressed = []
-
-    def handler(number, frame):
-        pressed.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check():
-        if pressed:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
 def alone(data_dir: Path):
-    """Hold the directory's lock. Raises BadInput where another process does, for longer than a killed run's workers
-    need to notice (`follow_parent`): forked, they share its lock."""
+    """Hold the directory's lock.
+
+    Raises BadInput if another process holds it for longer than the workers of a killed run need to notice
+    (`follow_parent`): they are forked, so they share its lock.
+    """
     if os.name == "nt":  # Windows has no flock
         yield
         return
@@ -417,14 +187,14 @@ def alone(data_dir: Path):
         yield
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to workers that are on their way out
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # if we only closed it, workers on their way out would keep it
         os.close(descriptor)
 
 
 def earlier_progress(data_dir: Path, wanted: dict) -> dict | None:
-    """What meta.json or progress.json says, None where there is neither, or no training token yet of another recipe.
+    """What meta.json or progress.json says. None if there is neither, or one of another recipe without training tokens.
 
-    Raises BadInput for data of another recipe, and for damaged data.
+    Raises BadInput if the data is damaged, or of another recipe.
     """
     path = next((data_dir / name for name in ("meta.json", "progress.json") if (data_dir / name).exists()), None)
     if path is None:
@@ -440,7 +210,7 @@ def earlier_progress(data_dir: Path, wanted: dict) -> dict | None:
     raise BadInput(f"{data_dir} holds bins of another recipe, or damaged ones; choose another --data_dir, or delete it")
 
 
-def first_progress(wanted: dict, vocabulary) -> dict:
+def first_progress(wanted: dict, vocabulary: Tokenizer) -> dict:
     """The progress of a preparation that has not begun."""
     def nothing():
         return {"documents": 0, "tokens": 0, "bytes": 0, "dropped_bytes": 0}
@@ -452,7 +222,7 @@ def first_progress(wanted: dict, vocabulary) -> dict:
 
 
 def announce(config: Config, progress: dict, needed: dict[str, float]):
-    """Print what is about to be made. Raises BadInput where the disk cannot hold it."""
+    """Print what is about to be made. Raises BadInput if the disk cannot hold it."""
     for name, source in config.sources.items():
         there = progress["sources"][name]["train"]["tokens"]
         if needed[name] == float("inf"):
@@ -470,7 +240,7 @@ def announce(config: Config, progress: dict, needed: dict[str, float]):
 
 
 def clock(progress: dict, needed: dict[str, float]) -> str:
-    """The time so far, and at the pace so far what is left of it."""
+    """The time so far, and the time left at the same pace."""
     there = sum(counts["train"]["tokens"] for counts in progress["sources"].values())
     left = tokens_left(progress, needed)
     if not left or not there:
@@ -480,16 +250,9 @@ def clock(progress: dict, needed: dict[str, float]) -> str:
 
 
 def tokens_left(progress: dict, needed: dict[str, float]) -> int:
-    """Training tokens yet to be written, where their number is known."""
+    """Training tokens still to be written, of the sources for which that is known."""
     return sum(max(0, needed[name] - counts["train"]["tokens"]) for name, counts in progress["sources"].items()
                if not counts["exhausted"] and needed[name] < float("inf"))
-
-
-def duration(seconds: float) -> str:
-    """A length of time for people to read."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def report(name: str, progress: dict, needed: dict[str, float]):
@@ -504,14 +267,18 @@ def report(name: str, progress: dict, needed: dict[str, float]):
 
 
 def fill(config: Config, progress: dict, needed: dict[str, float]):
-    """Write every source's bins from where `progress` says they stand, all that is held out before any of the rest."""
+    """Write every source's bins, from where `progress` says they stand. All held-out text comes before any other.
+
+    Raises BadInput if a source has no held-out or no training documents.
+    """
     texts, held_out = {}, {}
     for name, source in config.sources.items():
-        texts[name], held_out[name] = embedded(source) if is_embedded(source) else (None, source.held_out)
+        texts[name], held_out[name] = embedded_documents(source) if is_embedded(source) else (None, source.held_out)
     online = False
-    with heeding_ctrl_c() as check_ctrl_c, worker_pool(config.tokenizer, config.tokenizer_segmentation) as pool:
-        check_ctrl_c()
-        preparation = Preparation(config.data_dir, progress, check_ctrl_c)
+    with (StopRequest(signal.SIGINT) as stop,
+          worker_pool(config.tokenizer, config.tokenizer_segmentation) as pool):
+        stop.check()
+        preparation = Preparation(config.data_dir, progress, stop)
         for split in ("val", "train"):
             unwanted = set() if split == "val" else preparation.held_out_documents()
             for name, source in config.sources.items():
@@ -520,7 +287,7 @@ def fill(config: Config, progress: dict, needed: dict[str, float]):
                               (counts["train"]["tokens"], needed[name]))
                 if have < goal and not counts["exhausted"]:
                     open_ = partial(open_dataset, source, texts[name], counts["files"])
-                    chunks = patiently(name, source, open_, counts["position"], online, check_ctrl_c)
+                    chunks = patiently(name, source, open_, counts["position"], online, stop.check)
                     preparation.write(name, split, tokenized(chunks, pool, source.preserve_linebreaks), goal, unwanted)
                     online = online or is_remote(source)
                 if not counts[split]["tokens"] and (goal or split == "val"):
@@ -541,7 +308,7 @@ def main(argv: list[str]):
     meta_path, progress_path = data_dir / "meta.json", data_dir / "progress.json"
     wanted, needed = recipe(config, vocabulary), tokens_needed(config)
     for name, source in config.sources.items():
-        if is_embedded(source):  # it is small: all of it is taken, whatever the run needs
+        if is_embedded(source):  # it is small, so we take all of it, whatever the run needs
             needed[name] = float("inf")
     data_dir.mkdir(parents=True, exist_ok=True)
     with alone(data_dir):
@@ -557,16 +324,16 @@ def main(argv: list[str]):
         try:
             fill(config, progress, needed)
         except (KeyboardInterrupt, BadInput, OSError, BrokenProcessPool) as error:
-            saved = earlier_progress(data_dir, wanted) or first_progress(wanted, vocabulary)  # as it is on the disk
+            saved = earlier_progress(data_dir, wanted) or first_progress(wanted, vocabulary)  # as the disk has it
             safe = sum(counts["train"]["tokens"] + counts["val"]["tokens"] for counts in saved["sources"].values())
             if safe:
-                print(f"stopped: {safe:,} tokens are safe in {data_dir}, to go on from", flush=True)
+                print(f"stopped: {safe:,} tokens are safe in {data_dir}; run the same command to go on", flush=True)
             if isinstance(error, BrokenProcessPool):
                 raise BadInput("a worker process has died, as happens when memory runs out; try again") from error
             raise
         for name, source in config.sources.items():
-            if source.dataset in library.QUIZZES:
-                lines = [json.dumps(question) + "\n" for question in library.QUIZZES[source.dataset]()]
+            if source.dataset in QUIZZES:
+                lines = [json.dumps(question) + "\n" for question in QUIZZES[source.dataset]()]
                 (data_dir / f"{name}_quiz.jsonl").write_text("".join(lines))
         progress_path.replace(meta_path)  # complete only now
         checkpoint.sync_directory(data_dir)

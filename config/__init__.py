@@ -1,39 +1,23 @@
 """A run's settings: one dataclass, and the command line made from it.
 
-Every other file in config/ is a run: one Python file that binds `config` to a Config, nothing but values and where
-they come from. `load` takes such a file as the defaults and the command line as the last word:
+Every other file in config/ is a run: one Python file that binds `config` to a Config. It holds nothing but values, and
+where they come from. `load` takes the defaults from such a file, and the command line has the last word:
 
     python train.py config/quickstart.py --block_size=128 --model.num_hidden_layers=2
-
-The library tyro makes the command line from the dataclass, so `--help` lists every field with its docstring.
 """
 
-import contextlib
 import copy
-import io
-import os
 import re
 import runpy
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
+from cli import BadInput, parse
 from model import ModelConfig
-from tokenizer import VocabularyError
 
 QUICKSTART = Path(__file__).with_name("quickstart.py")
-
-
-class BadInput(ValueError):
-    """Something that the user can put right. `script` shows it as one line and exits with code 2."""
-
-
-def brief(error: Exception) -> str:
-    """What another library's exception says, on one line and at readable length."""
-    return " ".join(str(error).split())[:300]
+LONG_SPELLINGS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # of a dtype, in older configs
 
 
 @dataclass
@@ -42,28 +26,28 @@ class Source:
 
     dataset: str
     """Where the text is: a dataset of the Hugging Face hub ("owner/name"); parquet, json or text with data_files; or
-    embedded text, library:docs, library:code or library:arithmetic (library.py)."""
+    embedded text, library:docs, library:code or library:arithmetic (sources/embedded.py)."""
     ratio: float = 1.0
     """Share of the training tokens."""
     anneal_ratio: float | None = None
-    """Share of the training tokens in the anneal, the last part of the run; that of the rest if None."""
+    """Share of the training tokens in the anneal, the last part of the run; if None, the same as before it."""
     preserve_linebreaks: bool = False
     """Keep line breaks and indentation, as code needs; otherwise all white space becomes single spaces."""
     subset: str | None = None
     """Subset of the dataset, which the hub calls a configuration."""
     data_files: tuple[str, ...] = ()
-    """Paths or patterns of the files to read, in the dataset's repository or here; those that it names if none."""
+    """Paths or patterns of the files to read, in the dataset's repository or here; if none, those that it names."""
     split: str = "train"
-    """Split of the dataset that is read."""
+    """Split of the dataset to read."""
     column: str = "text"
     """Column that holds the documents."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
-    """What a document is in files of plain text: a line, what stands between blank lines, or a whole file."""
+    """What a document is in files of plain text: a line, a paragraph between blank lines, or a whole file."""
     held_out: int = 100
-    """Documents held out: the first of the stream. (Embedded text is held out by file instead.)"""
+    """Documents to hold out, from the start of the stream. (Embedded text is held out by file instead.)"""
 
     def __post_init__(self):
-        """Fill in anneal_ratio. Raises ValueError, in one line, where nothing is to be read or to be held out."""
+        """Fill in anneal_ratio. Raises ValueError, in one line, if there is nothing to read or to hold out."""
         if self.anneal_ratio is None:
             self.anneal_ratio = self.ratio
         self.data_files = (self.data_files,) if isinstance(self.data_files, str) else tuple(self.data_files)
@@ -84,12 +68,12 @@ class Config:
     tokenizer: str = "quickstart-2048"
     """Vocabulary: a name, or the path of a .vocab or tokenizer.json file."""
     tokenizer_segmentation: Literal["exact", "portable"] = "exact"
-    """How a .vocab file cuts up text: TokenMonster's own search, or the one of a tokenizer.json made of it, which other
-    programs have too (portable.py)."""
+    """How a .vocab file cuts up text: by TokenMonster's own search, or by that of a tokenizer.json made from it, which
+    other programs have too (tokenizer/portable.py)."""
     sources: dict[str, Source] = field(default_factory=dict)
     """The mixture: a bin for each source."""
     anneal_fraction: float = 0.15
-    """Last part of the run, as a fraction, in which the sources are mixed by their anneal_ratio."""
+    """Fraction of the run, at its end, in which the sources are mixed by their anneal_ratio."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
@@ -104,7 +88,7 @@ class Config:
     train_minutes: float | None = None
     """Make the run shorter than max_steps if need be, so that it takes about this many minutes (wsd only)."""
     max_minutes: float | None = None
-    """Save and stop after this many minutes, to be continued with --resume (a Kaggle session, say)."""
+    """Save and stop after this many minutes (of a Kaggle session, say); continue with --resume."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -121,9 +105,9 @@ class Config:
     eps: float = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients of a larger norm are scaled down to this one."""
     seed: int = 42
-    """Of the initial weights and the order of the blocks."""
+    """Seed of the initial weights and the order of the blocks."""
 
     log_interval: int = 10
     """Steps between two lines of progress."""
@@ -135,42 +119,44 @@ class Config:
     """Checkpoints to keep besides the best."""
 
     tracker: Literal["none", "wandb", "trackio"] = "none"
-    """Send what metrics.jsonl gets to one of these libraries too."""
+    """Library that also gets what goes into metrics.jsonl."""
     backend: Literal["auto", "cpu", "cuda", "xla"] = "auto"
-    """Device to train on; auto takes a TPU (xla) or a GPU (cuda) where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the matrix products; auto is bfloat16 where the hardware has it, and float16 on older GPUs."""
+    """Device to train on; auto takes a TPU (xla) or a GPU (cuda) if there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the matrix products; auto is bf16 if the hardware has it, and fp16 on older GPUs."""
     int8_linears: tuple[str, ...] = ()
     """Linears of the inner blocks that learn to run in INT8 (quant_t4.py): any of q_proj to down_proj."""
     int8_product: Literal["auto", "integers", "fake"] = "auto"
-    """How they multiply: integers, or the same in floating point; auto measures both when a run begins."""
+    """How those linears multiply: integers, or the same in floating point; auto times both when a run begins."""
     attention: Literal["auto", "sdpa", "chunked", "flash"] = "auto"
-    """PyTorch's own, or in chunks of queries, or a TPU's kernel; auto is sdpa, but on XLA flash, or chunked without."""
+    """PyTorch's own attention (sdpa), in chunks of queries, or a TPU's kernel (flash); auto is sdpa, but on XLA flash,
+    or chunked if that kernel is missing."""
     recompute: bool | None = None
-    """Keep only what goes into a block, and run it again in the backward pass; done on XLA if None."""
+    """Keep only what goes into a block, and run it again in the backward pass; if None, only XLA does."""
     compile: bool = False
-    """Use torch.compile, and go on without where it fails. (XLA always compiles.)"""
+    """Use torch.compile, and go on without it if it fails. (XLA always compiles.)"""
     init_from: Path | None = None
-    """Begin with the weights, and so the shape, of a checkpoint: a run, a step of one, or an import (export.py)."""
+    """Start from the weights, and so the shape, of a checkpoint: a run, a step of one, or an import (export.py)."""
     resume: bool = False
     """Go on from the latest checkpoint of this run, if there is one."""
     overwrite: bool = False
     """Delete an earlier run of the same name."""
 
     def __post_init__(self):
-        """Raises ValueError, in one line, where the values cannot make a run."""
+        """Check the values. Raises ValueError, in one line, if they cannot make a run."""
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ValueError(f"name is {self.name!r}; it must be the plain name of a directory under out/")
         for name in self.sources:
-            if not re.fullmatch(r"[\w-]+", name) or name.endswith("_val"):  # they become names of files
+            if not re.fullmatch(r"[\w-]+", name) or name.endswith("_val"):  # sources become file names
                 raise ValueError(f"a source is called {name!r}; use letters, digits, - and _, and no _val at the end")
-        self.data_dir = Path(self.data_dir)  # so that a preset may write it as a string
+        self.data_dir = Path(self.data_dir)  # a preset may write it as a string
+        self.dtype = LONG_SPELLINGS.get(self.dtype, self.dtype)
         for name in ("block_size", "tokens_per_step", "micro_batch_size", "max_steps", "log_interval", "eval_interval",
                      "eval_blocks", "keep_checkpoints"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "eps", "max_grad_norm", "train_minutes", "max_minutes"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:  # so written, NaN is refused too
+            if getattr(self, name) is not None and not getattr(self, name) > 0:  # written like this, it refuses NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be more than 0")
         for name in ("anneal_fraction", "warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -208,38 +194,11 @@ class Config:
         return max(1, round(self.warmup_fraction * self.max_steps))
 
 
-def spell_out(cls, argv: list[str]) -> list[str]:
-    """The command line with `--resume` alone written as `--resume True`, for every yes-or-no field of `cls`."""
-    switches = {f"--{f.name}" for f in fields(cls) if f.type in (bool, bool | None)}
-    spelled = []
-    for word, following in zip(argv, [*argv[1:], ""]):
-        spelled += [word, "True"] if word in switches and following not in ("True", "False") else [word]
-    return spelled
-
-
-def parse(cls, argv: list[str], default=None):
-    """Make a `cls` (a dataclass) from the command line `argv`, over the values of `default`.
-
-    Raises BadInput with tyro's own message, which names the nearest right option, on one line.
-    """
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(cls, args=spell_out(cls, argv), default=default, use_underscores=True,
-                            config=(tyro.conf.FlagConversionOff,))
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        plain = re.sub(r"\x1b\[[\d;]*m", "", message.getvalue())  # on a terminal the message comes in colour
-        lines = [line.strip("│╭╮╰╯─ \n") for line in plain.splitlines()[1:]]  # the first is the frame's title
-        text = " ".join(line for line in lines if line).partition("For full helptext")[0]
-        raise BadInput(text.strip().removeprefix(f"Error parsing {cls.__name__}: ")) from None
-
-
 def load(argv: list[str]) -> Config:
     """The run that the command line asks for: [config/NAME.py] [--field=value ...]; the quickstart if no file.
 
-    Raises BadInput for a missing or broken file, an unknown field, a value of the wrong type or out of range.
+    Raises BadInput if the file is missing or broken, a field is unknown, or a value is of the wrong type or out of
+    range.
     """
     path, options = (Path(argv[0]), argv[1:]) if argv and not argv[0].startswith("-") else (QUICKSTART, argv)
     if not path.is_file():
@@ -251,7 +210,7 @@ def load(argv: list[str]) -> Config:
         raise BadInput(f"{path} is not a run: {type(error).__name__}: {error}") from error
     if not isinstance(default, Config):
         raise BadInput(f"{path} does not bind `config` to a Config")
-    # What followed from another value is to follow from that of the command line. (Copies: presets share their parts.)
+    # What followed from a value of the preset should follow from the command line's. (We copy: presets share parts.)
     default, model = copy.copy(default), copy.copy(default.model)
     if model.head_dim * model.num_attention_heads == model.hidden_size:
         model.head_dim = None
@@ -261,18 +220,3 @@ def load(argv: list[str]) -> Config:
             source.anneal_ratio = None
     default.model, default.sources = model, sources
     return parse(Config, options, default)
-
-
-def script(main):
-    """Run main(argv) as a command: what the user can put right is one line on stderr and exit code 2."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (BadInput, VocabularyError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `| head` has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -1,7 +1,7 @@
 """Portimbria-150M: Mistral's vocabulary on a TPU v5e-8, 6 billion tokens of web, code and math.
 
-Shape and tokens are from the family table in Stentor3-20M's card. What that does not have is Stentor3-20M's: the
-context, the hardware and the curriculum are the same.
+Shape and tokens are from the family table in Stentor3-20M's card. What the table does not give is taken from
+Stentor3-20M, since the context, the hardware and the curriculum are the same.
 """
 
 from dataclasses import replace
@@ -15,8 +15,8 @@ config = replace(
     name="portimbria_150m",
     data_dir="data/portimbria",
     tokenizer="Xenova/mistral-tokenizer-v3",  # Mistral's BPE of 32,768
-    # Its page on the hub lists FineWeb-HQ, FineMath and, for code, StarCoderData, whose terms must be accepted there
-    # once (then `hf auth login`). It gives no shares: Stentor3's.
+    # Its page on the hub lists FineWeb-HQ, FineMath and, for code, StarCoderData, whose terms you must accept there
+    # once (then `hf auth login`). It gives no shares, so we take Stentor3's.
     sources=stentor3_20m.sources | {
         "code": Source(
             "bigcode/starcoderdata",
@@ -43,5 +43,5 @@ config = replace(
     ),
     micro_batch_size=4,
     max_steps=22_889,  # x 262,144 = 6 billion tokens
-    learning_rate=6e-4,  # no card says: GPT-3's for a model of 125M (Brown et al. 2020, table 2.1)
+    learning_rate=6e-4,  # no card says; GPT-3's for a model of 125M (Brown et al. 2020, table 2.1)
 )

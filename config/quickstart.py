@@ -1,7 +1,7 @@
-"""The embedded default: a tiny Llama learns, in under five minutes on two cores, from what every Python carries.
+"""The embedded default: in under five minutes on two cores, a tiny Llama learns from what every Python carries.
 
-The sizes and rates are those that reached the lowest held-out bits per byte in that time, among the ones that NOTES.md
-lists. At this scale the clock decides: a smaller model sees more text, and that wins until it is too small.
+Of the sizes and rates that NOTES.md lists, these reached the lowest held-out bits per byte in that time. At this scale
+the clock decides: a smaller model sees more text, and that wins until the model is too small.
 """
 
 from config import Config, Source
@@ -11,12 +11,12 @@ config = Config(
     name="quickstart",
     data_dir="data/quickstart",
     tokenizer="quickstart-2048",
-    # Shaped like Stentor3's mixture, with the anneal shifting toward code and math; more math than its 10%, because
-    # a model this small must see each sum some hundred times.
+    # Like Stentor3's mixture, with an anneal that shifts toward code and math. It has more math than Stentor3's 10%,
+    # because a model this small must see each sum some hundred times.
     sources={
         "web": Source("library:docs", ratio=0.38, anneal_ratio=0.25),
         "code": Source("library:code", ratio=0.37, anneal_ratio=0.40, preserve_linebreaks=True),
-        "math": Source("library:arithmetic", ratio=0.25, anneal_ratio=0.35, preserve_linebreaks=True),  # one a line
+        "math": Source("library:arithmetic", ratio=0.25, anneal_ratio=0.35, preserve_linebreaks=True),  # one sum a line
     },
     model=ModelConfig(
         vocab_size=2048,
@@ -34,7 +34,7 @@ config = Config(
     micro_batch_size=16,
     max_steps=2500,
     train_minutes=4.5,
-    max_minutes=5.0,  # whatever the estimate said
+    max_minutes=5.0,  # whatever the estimate says
     seed=7,
     learning_rate=6e-3,
     schedule="wsd",

@@ -1,6 +1,6 @@
 """Stentor2-30M: Stentor2-12M's recipe and data with a larger model.
 
-Shape and tokens are those of the family table in Stentor3-20M's card.
+Shape and tokens are from the family table in Stentor3-20M's card.
 """
 
 from dataclasses import replace
@@ -26,5 +26,5 @@ config = replace(
         fp32_blocks=(0, -1),
     ),
     max_steps=24_415,  # x 32,768 = 800 million tokens
-    eval_interval=625,  # as often, measured in evaluations a run, as its sibling
+    eval_interval=625,  # as many evaluations in a run as Stentor2-12M
 )

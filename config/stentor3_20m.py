@@ -1,6 +1,6 @@
-"""Stentor3-20M: the published run, 8.5 billion tokens on a TPU v5e-8 (its model card is the source of every value).
+"""Stentor3-20M: the published run, 8.5 billion tokens on a TPU v5e-8. Every value comes from its model card.
 
-Where the card is silent or contradicts itself, the comment at the value says what was chosen and why.
+If the card is silent or contradicts itself, a comment at the value says what we chose and why.
 """
 
 from config import Config, Source
@@ -10,8 +10,8 @@ config = Config(
     name="stentor3_20m",
     data_dir="data/stentor3",  # Stentor3-50M's too: one preparation serves both
     tokenizer="english-4096-strict-nocapcode-v1",
-    # Ratios: card, Data Pipeline. Of the anneal it says only that code and math are "upweighted": here, doubled.
-    # Held out: 5,000 documents of the web (card, max_eval_samples), the others in proportion to their ratio.
+    # Ratios: card, Data Pipeline. About the anneal it says only that code and math are "upweighted"; we double them.
+    # Held out: 5,000 documents of the web (card, max_eval_samples), and of the others in proportion to their ratio.
     sources={
         "web": Source(
             "epfml/FineWeb-HQ",
@@ -44,8 +44,8 @@ config = Config(
         hidden_size=320,
         intermediate_size=1280,
         num_hidden_layers=12,
-        # 10 and 2 of width 32 by the card's specification and its formula for the cache; its family table says 5 and 1
-        # of width 64, its explanation of GQA 8 and 2. The first two come to the same number of parameters.
+        # The card's specification, and its formula for the cache, say 10 and 2 of width 32. Its family table says 5 and
+        # 1 of width 64, and its explanation of GQA 8 and 2. The first two have the same number of parameters.
         num_attention_heads=10,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -58,7 +58,7 @@ config = Config(
     micro_batch_size=8,
     max_steps=32_425,  # x 262,144 = 8,500,019,200 tokens
     learning_rate=8e-4,
-    schedule="cosine",  # the card's "stable_steps" belong to a schedule that it did not use
+    schedule="cosine",  # the card's "stable_steps" belong to a schedule that the run did not use
     warmup_fraction=0.05,  # 1,621 steps
     weight_decay=0.01,
     betas=(0.9, 0.95),

@@ -1,6 +1,6 @@
 """Stentor3-50M: Stentor3-20M's recipe and data ("same training setup", says the 20M card) with a larger model.
 
-Shape and tokens are those of the family table in Stentor3-20M's card; the larger model's own card is not at hand.
+Shape and tokens are from the family table in Stentor3-20M's card. We do not have the larger model's own card.
 """
 
 from dataclasses import replace
@@ -20,9 +20,9 @@ config = replace(
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        rope_theta=50_000.0,  # as the 20M; the table has no row for it
+        rope_theta=50_000.0,  # as in the 20M; the table has no row for it
         tie_word_embeddings=False,
         fp32_blocks=(0, -1),
     ),
-    max_steps=31_662,  # x 262,144 = 8.3 billion tokens, the table's figure; warmup and cosine fit themselves to it
+    max_steps=31_662,  # x 262,144 = 8.3 billion tokens, the table's figure; warmup and cosine adapt to it
 )

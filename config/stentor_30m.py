@@ -1,6 +1,6 @@
 """Stentor-30M: Stentor-12M's recipe and data with a larger model.
 
-Shape and tokens are those of the family table in Stentor3-20M's card.
+Shape and tokens are from the family table in Stentor3-20M's card.
 """
 
 from dataclasses import replace

@@ -8,18 +8,38 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def start(script, *arguments, cwd, **options):
-    """Start a script of the project; its output is collected as text."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start_python(*arguments, cwd, **options):
+    """Start Python with these arguments; its output is collected as text."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
                             env={**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}, **options)
+
+
+def start(script, *arguments, cwd, **options):
+    """Start a script of the project."""
+    return start_python(ROOT / script, *arguments, cwd=cwd, **options)
+
+
+def start_module(name, *arguments, cwd, **options):
+    """Start `python -m name`, a package of the project, from any directory."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return start_python("-m", name, *arguments, cwd=cwd, env={"PYTHONPATH": path, **options.pop("env", {})}, **options)
+
+
+def ended(process):
+    """Wait for a process that was started here -> (exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
 
 
 def run(script, *arguments, cwd, **options):
     """Run a script to its end -> (exit code, stdout, stderr)."""
-    process = start(script, *arguments, cwd=cwd, **options)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    return ended(start(script, *arguments, cwd=cwd, **options))
+
+
+def run_module(name, *arguments, cwd, **options):
+    """Run `python -m name` to its end -> (exit code, stdout, stderr)."""
+    return ended(start_module(name, *arguments, cwd=cwd, **options))
 
 
 def refused(result, *words):

@@ -25,7 +25,6 @@ os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "JAX_PLATFORMS": "c
                "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch_xla  # noqa: E402
@@ -52,7 +51,7 @@ class Recorder(backend.XlaBackend):
     """An XlaBackend that takes its CPU devices for a TPU's chips, and keeps the program of the first step."""
 
     def __init__(self, dtype):
-        super().__init__("bfloat16" if dtype == "auto" else dtype)
+        super().__init__("bf16" if dtype == "auto" else dtype)
         self.on_tpu, self.prepared = True, False
 
     def adamw(self, groups, **options):
@@ -70,7 +69,7 @@ class Recorder(backend.XlaBackend):
 
 def trace_pallas(kernel, *arguments, static_argnums=None, static_argnames=None, use_cache=False, **options):
     """torch_xla's function of this name, lowering for a TPU whatever jax runs on."""
-    import jax._src.pallas.mosaic.pallas_call_registration  # noqa: F401
+    import jax._src.pallas.mosaic.pallas_call_registration
     shapes = [kernels.to_jax_shape_dtype_struct(x) if torch.is_tensor(x) else x for x in arguments]
     traced = jax.jit(kernel, static_argnums=static_argnums, static_argnames=static_argnames).trace(*shapes, **options)
     payload = kernels._extract_backend_config(traced.lower(lowering_platforms=("tpu",)).compiler_ir())

@@ -1,13 +1,15 @@
 """What the tests share: inputs drawn afresh on every run, with a seed to repeat them by."""
+import json
 import os
 import random
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from config import script
+from cli import script
 from tests.commands import run
 
 # The threads of a process that is started here sleep while they wait for each other: where they spin, busy cores make
@@ -65,3 +67,33 @@ def quickstart_data(tmp_path_factory):
     code, out, err = run("prepare.py", "--data_dir", "quickstart", cwd=directory)
     assert code == 0, (out, err)
     return directory / "quickstart"
+
+
+@pytest.fixture(scope="session")
+def quickstart_bins(quickstart_data):
+    """(source, split) -> its documents in the bins of the embedded data as arrays of ids, each with its eos."""
+    eos = json.loads((quickstart_data / "meta.json").read_text())["eos_id"]
+    documents = {}
+    for source in ("web", "code", "math"):
+        for split, suffix in (("train", ""), ("val", "_val")):
+            ids = np.fromfile(quickstart_data / f"{source}{suffix}.bin", np.uint16)
+            assert ids[-1] == eos
+            documents[source, split] = np.split(ids, np.flatnonzero(ids == eos) + 1)[:-1]
+    return documents
+
+
+@pytest.fixture(scope="session")
+def quickstart_texts(quickstart_bins):
+    """(source, split) -> its documents as text."""
+    import tokenizer
+    vocabulary = tokenizer.load("quickstart-2048")
+    return {key: [vocabulary.decode(ids) for ids in documents] for key, documents in quickstart_bins.items()}
+
+
+@pytest.fixture
+def fine(monkeypatch):
+    """prepare.py works in chunks of a few documents and saves after each: many positions in little text."""
+    import prepare
+    from sources import streams
+    monkeypatch.setattr(streams, "CHUNK", 3000)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1)

@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import backend
 import checkpoint
-from config import BadInput
+import tokenizer
+from cli import BadInput
 from model import Llama, ModelConfig
 
 REPOSITORY = Path(checkpoint.__file__).parent
@@ -98,15 +100,44 @@ def test_weights_are_transformers_own(rng, tmp_path, tied):
     assert same(theirs.state_dict(), model.state_dict())
 
 
-def test_load_model(rng, tmp_path):
-    """The model is built from the shape in state.json."""
+def named(vocabulary, model):
+    """What state.json holds of a run with this vocabulary."""
+    return {"config": {"model": asdict(model.config), "tokenizer": "quickstart-2048"},
+            "tokenizer_sha256": vocabulary.sha256}
+
+
+def test_open_trained(rng, tmp_path):
+    """The model is built from the shape in state.json, and the tokenizer is the one that is named there."""
     model, optimizer = trained(hidden_size=12, head_dim=4, num_hidden_layers=3, fp32_blocks=(1,),
                                rope_theta=77.0, tie_word_embeddings=True)
-    step_dir = save(tmp_path, model, optimizer, step=7)
-    loaded, state = checkpoint.load_model(step_dir)
-    assert state["step"] == 7 and loaded.config == model.config
+    vocabulary = tokenizer.load("quickstart-2048")
+    step_dir = save(tmp_path, model, optimizer, step=7, **named(vocabulary, model))
+    opened = checkpoint.open_trained(step_dir)
+    assert opened.state["step"] == 7 and opened.model.config == model.config and opened.step_dir == step_dir
     ids = torch.randint(50, (1, 16))
-    assert torch.equal(loaded(ids)[0], model(ids)[0])
+    assert torch.equal(opened.model(ids)[0], model(ids)[0])
+    assert opened.vocabulary.sha256 == vocabulary.sha256 and opened.vocabulary.decode([300]) == vocabulary.decode([300])
+    save(tmp_path, model, optimizer, step=8, **named(vocabulary, model) | {"tokenizer_sha256": "0"})
+    refused(lambda: checkpoint.open_trained(tmp_path), "another vocabulary than the quickstart-2048")
+
+
+def test_which_one_is_opened(rng, tmp_path, monkeypatch):
+    """A run's best checkpoint or its latest, and without a path the newest run; with the attention of a device."""
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: checkpoint.open_trained(), "train.py")
+    model, optimizer = trained()
+    more = named(tokenizer.load("quickstart-2048"), model)
+    for run, times in (("a", 1e9), ("b", 9e9)):
+        save(tmp_path / "out" / run, model, optimizer, 3, best=True, **more)
+        save(tmp_path / "out" / run, model, optimizer, 4, **more)
+        os.utime(tmp_path / "out" / run / "latest", (times, times))
+    assert checkpoint.open_trained().step_dir == Path("out/b/step_00000003")
+    assert checkpoint.open_trained(tmp_path / "out/a").state["step"] == 3
+    assert checkpoint.open_trained(tmp_path / "out/a", "latest").state["step"] == 4
+    device, ids = backend.pick("cpu", "fp32"), torch.randint(50, (1, 16))
+    opened = checkpoint.open_trained(tmp_path / "out/a", device=device).model
+    assert all(block.self_attn.attend is device.attention() for block in opened.model.layers)
+    assert torch.equal(opened(ids)[0], model(ids)[0])
 
 
 # -----------------------------------------------------------------------------
@@ -191,10 +222,10 @@ def test_damaged(rng, tmp_path, name):
                                    {"config": {"model": {"vocab_size": "many"}}},
                                    {"config": {"model": {"head_dim": 3}}}])
 def test_state_that_describes_no_model(rng, tmp_path, state):
-    """load_model refuses a state.json from which no model can be built."""
+    """open_trained refuses a state.json from which no model can be built."""
     step_dir = save(tmp_path, *trained())
     (step_dir / "state.json").write_text(json.dumps(state))
-    refused(lambda: checkpoint.load_model(step_dir), "does not describe a model")
+    refused(lambda: checkpoint.open_trained(step_dir), "does not describe a model")
 
 
 def test_moments_of_another_model(rng, tmp_path):
@@ -210,9 +241,8 @@ def test_moments_of_another_model(rng, tmp_path):
 
 def whole(step_dir):
     """The step of a checkpoint that loads with its optimizer."""
-    model, state = checkpoint.load_model(step_dir)
-    checkpoint.load(step_dir, model, torch.optim.AdamW(model.parameter_groups(0.1)))
-    return state["step"]
+    model = Llama(checkpoint.read_shape(step_dir, checkpoint.read_state(step_dir)))
+    return checkpoint.load(step_dir, model, torch.optim.AdamW(model.parameter_groups(0.1)))["step"]
 
 
 def test_on_disk_before_it_has_its_name(rng, tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ import pytest
 
 import config
 import model
-from config import BadInput, Config, Source, load
+from cli import BadInput
+from config import Config, Source, load
 from config.quickstart import config as quickstart
 from model import ModelConfig
 from tests.commands import ROOT
 
-REPOSITORY = Path(model.__file__).parent
 PRESET = """
 from config import Config, Source
 from model import ModelConfig
@@ -123,6 +123,17 @@ def test_what_follows_from_the_values(max_steps, fraction, warmup_steps):
     assert (run.warmup_steps, run.sequences_per_step, run.out_dir) == (warmup_steps, 3, Path("out", "x"))
 
 
+@pytest.mark.parametrize("long, short", [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"),
+                                         ("bf16", "bf16"), ("auto", "auto")])
+def test_long_spellings_of_a_dtype(preset, long, short):
+    """Config files of before say bfloat16 for bf16, and mean the same; the command line has one spelling."""
+    path = preset(PRESET.replace('name="mine"', f'name="mine", dtype="{long}"'))
+    assert load([path]).dtype == short
+    assert load([path, "--dtype", "fp32"]).dtype == "fp32"
+    if long != short:
+        refused([path, "--dtype", long], "--dtype", short)
+
+
 # -----------------------------------------------------------------------------
 # refusals
 
@@ -179,54 +190,6 @@ def test_broken_preset(preset, text, word):
     refused([preset(text)], "mine.py", word)
 
 
-def test_refusal_of_a_command(tmp_path):
-    """As a command, a refusal is one line on stderr and exit code 2, and nothing is written."""
-    done = subprocess.run([sys.executable, REPOSITORY / "train.py", "--block_sizes", "4"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "--block_size " in done.stderr
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="opens a pseudo-terminal")
-def test_refusal_on_a_terminal(tmp_path):
-    """On a narrow terminal, for which the parser would draw coloured frames, it is the same plain line."""
-    import pty
-    reader, terminal = pty.openpty()
-    done = subprocess.run([sys.executable, REPOSITORY / "train.py", "--block_sizes", "4"], cwd=tmp_path,
-                          env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "40"},
-                          stdin=terminal, stdout=terminal, stderr=terminal)
-    shown = os.read(reader, 10_000).decode()
-    os.close(terminal)
-    os.close(reader)
-    assert done.returncode == 2 and re.match("error: .*--block_size INT", shown), shown
-    assert not re.search("\x1b|│|─|--help", shown) and shown.count("\n") == 1, shown
-
-
-@pytest.mark.parametrize("error, code, line", [
-    (BadInput("two\n  lines"), 2, "error: two lines"),
-    (OSError(28, "No space left"), 2, "error: [Errno 28] No space left"),
-    (KeyboardInterrupt(), 130, "interrupted"), (None, None, None), (SystemExit(1), 1, None),
-])
-def test_script(capsys, monkeypatch, error, code, line):
-    """script ends a command with its exit code and at most one line on stderr, and gives it the arguments."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--name", "x"])
-
-    def main(argv):
-        assert argv == ["--name", "x"]
-        if error:
-            raise error
-    with pytest.raises(SystemExit) as leaving:
-        config.script(main)
-    assert leaving.value.code == code and capsys.readouterr().err == (f"{line}\n" if line else "")
-
-
-def test_a_bug_is_not_bad_input():
-    """What is the program's own fault keeps its traceback."""
-    with pytest.raises(ZeroDivisionError):
-        config.script(lambda argv: 1 / 0)
-
-
 # -----------------------------------------------------------------------------
 # help
 
@@ -240,7 +203,7 @@ def documented(module, name):
 
 def test_help():
     """--help shows every field of a run, of its model and of its sources, each with its docstring."""
-    done = subprocess.run([sys.executable, REPOSITORY / "train.py", "--help"],
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"],
                           capture_output=True, encoding="utf-8",
                           env=os.environ | {"COLUMNS": "100", "PYTHONUTF8": "1"})
     assert done.returncode == 0 and done.stderr == ""

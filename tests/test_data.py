@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from config import BadInput, Config, Source, load
+from cli import BadInput
+from config import Config, Source, load
 from data import Batches, curriculum, read_meta
 from model import ModelConfig
 

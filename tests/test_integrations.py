@@ -12,9 +12,9 @@ import torch
 
 import checkpoint
 import export
-import sample
 import tokenizer
 from config import Config
+from decoding.generate import generate
 from model import Llama, ModelConfig
 from tests.commands import ROOT
 
@@ -25,23 +25,23 @@ ENGLISH = ROOT.parent / "shared" / "tokenmonster" / "english-4096-strict-nocapco
 VOCABULARY = ENGLISH if ENGLISH.is_file() else "quickstart-2048"  # has ": >>>" at least
 
 
-def save(folder, segmentation, vocabulary=VOCABULARY, **changes):
+def save(folder, segmentation, name=VOCABULARY, **changes):
     """A run with one checkpoint of a small model -> (the model, its tokenizer).
 
     Its weights are so large that its likeliest tokens change from place to place.
     """
-    tokens = tokenizer.load(vocabulary, segmentation)
-    model = Llama(ModelConfig(vocab_size=tokens.vocab_size, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                              num_attention_heads=4, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5,
-                              rope_theta=50_000.0, **changes))
+    vocabulary = tokenizer.load(name, segmentation)
+    model = Llama(ModelConfig(vocab_size=vocabulary.vocab_size, hidden_size=48, intermediate_size=64,
+                              num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=CONTEXT,
+                              rms_norm_eps=1e-5, rope_theta=50_000.0, **changes))
     for p in model.parameters():
         p.data.uniform_(0.5, 1.5) if p.dim() == 1 else p.data.normal_(0, 1.5 * p.size(1) ** -0.5)
-    config = Config(name="tiny", model=model.config, tokenizer=str(vocabulary), tokenizer_segmentation=segmentation,
+    config = Config(name="tiny", model=model.config, tokenizer=str(name), tokenizer_segmentation=segmentation,
                     block_size=32, tokens_per_step=32)
-    state = {"step": 3, "seconds": 60.0, "tokenizer_sha256": tokens.sha256,
+    state = {"step": 3, "seconds": 60.0, "tokenizer_sha256": vocabulary.sha256,
              "config": json.loads(json.dumps(asdict(config), default=str))}
     checkpoint.save(folder, model, None, state, True, 1)
-    return model, tokens
+    return model, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def exported(draw, tmp_path_factory):
     made = {}
     for segmentation in ("exact", "portable"):
         folder = tmp_path_factory.mktemp(segmentation)
-        model, tokens = save(folder / "run", segmentation)
+        model, vocabulary = save(folder / "run", segmentation)
         export.main(["--checkpoint", str(folder / "run"), "--out", str(folder / "hf")])
-        made[segmentation] = folder / "hf", model, tokens
+        made[segmentation] = folder / "hf", model, vocabulary
     return made
 
 
@@ -74,7 +74,7 @@ def test_lora(tied, in_process, tmp_path, rng):
     """LoRA on every linear layer learns and leaves the weights alone. Merged into them it gives the same logits, and
     the merged model comes back as a checkpoint of ours."""
     peft = pytest.importorskip("peft")
-    model, tokens = save(tmp_path / "run", "portable", "quickstart-2048", tie_word_embeddings=tied)
+    model, vocabulary = save(tmp_path / "run", "portable", "quickstart-2048", tie_word_embeddings=tied)
     assert in_process(export.main, "--checkpoint", tmp_path / "run", "--out", tmp_path / "hf")[0] == 0
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=16)
@@ -114,13 +114,13 @@ def test_lora(tied, in_process, tmp_path, rng):
     transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "merged")
     code, out, err = in_process(export.main, "--from", tmp_path / "merged", "--out", tmp_path / "back")
     assert code == 0 and "logits differ" in out, (out, err)
-    step_dir = checkpoint.find(tmp_path / "back")
-    back, state = checkpoint.load_model(step_dir)
+    opened = checkpoint.open_trained(tmp_path / "back", "latest")
+    back = opened.model
     assert back.config.tie_word_embeddings == tied and back.config.rope_theta == 50_000
     with torch.no_grad():
         assert (back(ids)[0] - found).abs().max() < 1e-5 * max(1.0, float(found.abs().max()))
     text = "def read(self):\n    return self.a  # caf\u00e9 \x01"
-    assert checkpoint.load_tokenizer(step_dir, state).encode(text).tolist() == tokens.encode(text).tolist()
+    assert opened.vocabulary.encode(text).tolist() == vocabulary.encode(text).tolist()
 
 
 # -----------------------------------------------------------------------------
@@ -189,10 +189,10 @@ def log_likelihood(model, before, after):
     return float(logits[range(len(after)), after].sum()), logits.argmax(-1).tolist() == after
 
 
-def choices(model, tokens, doc):
+def choices(model, vocabulary, doc):
     """[(log-likelihood, whether it is greedy)] of each choice, question and answer tokenized apart."""
-    question = tokens.encode(doc["question"]).tolist() or [tokens.eos_id]
-    return [log_likelihood(model, question, tokens.encode(f" {choice}").tolist()) for choice in doc["choices"]]
+    question = vocabulary.encode(doc["question"]).tolist() or [vocabulary.eos_id]
+    return [log_likelihood(model, question, vocabulary.encode(f" {choice}").tolist()) for choice in doc["choices"]]
 
 
 def picks(scores, doc):
@@ -203,7 +203,7 @@ def picks(scores, doc):
     return [each.index(max(each)) for each in lists]
 
 
-def choice_docs(model, tokens, draw):
+def choice_docs(model, vocabulary, draw):
     """Questions with answers of one word and of several, and with every kind of end; 1 in 2 right by chance."""
     pieces = tokenizer.load(VOCABULARY).pieces
     across = [piece.decode().rpartition(" ") for piece in pieces if re.search(rb"\S ", piece) and b"\x7f" not in piece]
@@ -216,28 +216,28 @@ def choice_docs(model, tokens, draw):
             question = draw.choice(["", question + ":", question + ".\n\nA:"])
         answers = [last, "of a", " ".join(draw.sample(words, 2)), draw.choice(words), draw.choice(words) + "\n"]
         doc = {"question": question, "choices": draw.sample(answers, draw.randint(2, 5))}
-        if (best := picks(choices(model, tokens, doc), doc)) is not None:
+        if (best := picks(choices(model, vocabulary, doc), doc)) is not None:
             docs.append(doc | {"gold": draw.choice([best[0], best[1], draw.randrange(len(doc["choices"]))])})
     return docs
 
 
-def continuation(model, tokens, question):
+def continuation(model, vocabulary, question):
     """What the model writes, up to an end of line; None where a choice was a near tie."""
-    ids = tokens.encode(question).tolist()
-    new = list(sample.generate(model, ids, 12, eos_id=tokens.eos_id))
+    ids = vocabulary.encode(question).tolist()
+    new = list(generate(model, ids, 12, eos_id=vocabulary.eos_id))
     with torch.no_grad():
         top = model(torch.tensor([ids + new]))[0][0, len(ids) - 1:].topk(2).values
-    return None if (top[:, 0] - top[:, 1]).min() < 1e-4 else tokens.decode(new).split("\n")[0]
+    return None if (top[:, 0] - top[:, 1]).min() < 1e-4 else vocabulary.decode(new).split("\n")[0]
 
 
-def text_docs(model, tokens, draw):
+def text_docs(model, vocabulary, draw):
     """Questions with what the model writes, or nearly so, as the answer."""
     words = re.findall(r"\S+", (ROOT / "README.md").read_text(encoding="utf-8"))
     docs = []
     while len(docs) < 16:
         start = draw.randrange(len(words) - 12)
         question = " ".join(words[start:start + draw.randint(1, 12)])
-        text = continuation(model, tokens, question) if question.isascii() else None
+        text = continuation(model, vocabulary, question) if question.isascii() else None
         if text and text == text.strip():
             docs.append({"question": question, "answer": text + draw.choice(["", "x"])})
     return docs
@@ -248,8 +248,8 @@ def scored(exported, draw, tmp_path_factory):
     """What lm-eval found, and the documents that it was given: by segmentation."""
     pytest.importorskip("lm_eval")
     folder, docs = tmp_path_factory.mktemp("tasks"), {}
-    for name, (_, model, tokens) in exported.items():
-        docs[name] = choice_docs(model, tokens, draw), text_docs(model, tokens, draw)
+    for name, (_, model, vocabulary) in exported.items():
+        docs[name] = choice_docs(model, vocabulary, draw), text_docs(model, vocabulary, draw)
         for kind, yaml, lines in (("choice", CHOICE, docs[name][0]), ("text", TEXT, docs[name][1])):
             (folder / f"{name}_{kind}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in lines))
             (folder / f"{name}_{kind}.yaml").write_text(yaml.format(name=name, folder=folder))
@@ -277,11 +277,11 @@ segmentations = pytest.mark.parametrize("segmentation", ["portable", "exact"])
 def test_lm_eval_multiple_choice(segmentation, exported, scored):
     """With the portable tokenizer by lm-eval itself, with the exact one by the code of the model card: every choice has
     the log-likelihood that our model gives it, and acc and acc_norm are what follows from them."""
-    _, model, tokens = exported[segmentation]
+    _, model, vocabulary = exported[segmentation]
     (docs, _), found = scored[segmentation]
     right = []
     for doc, sampled in answered(docs, found, f"{segmentation}_choice"):
-        wanted = choices(model, tokens, doc)
+        wanted = choices(model, vocabulary, doc)
         for (score, greedy), [their_score, their_greedy] in zip(wanted, sampled["filtered_resps"], strict=True):
             assert float(their_score) == pytest.approx(score, abs=1e-3), (doc, sampled)
             assert str(their_greedy) == str(greedy)
@@ -293,12 +293,12 @@ def test_lm_eval_multiple_choice(segmentation, exported, scored):
 
 @segmentations
 def test_lm_eval_generation(segmentation, exported, scored):
-    """The greedy text is sample.generate's up to the end of a line, and exact_match counts it."""
-    _, model, tokens = exported[segmentation]
+    """The greedy text is decoding.generate's up to the end of a line, and exact_match counts it."""
+    _, model, vocabulary = exported[segmentation]
     (_, docs), found = scored[segmentation]
     hits = []
     for doc, sampled in answered(docs, found, f"{segmentation}_text"):
-        text = continuation(model, tokens, doc["question"])
+        text = continuation(model, vocabulary, doc["question"])
         assert sampled["filtered_resps"] == [text]
         hits.append(text == doc["answer"])
     scores = found["results"][f"{segmentation}_text"]

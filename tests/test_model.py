@@ -9,9 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import model as model_py
-from model import (KVCache, Llama, ModelConfig, RMSNorm, causal_attention, chunked_attention, expand_heads,
-                   takes_grouped_heads)
+from model import KVCache, Llama, ModelConfig, RMSNorm, causal_attention
 from quant_t4 import apply_t4_recipe, use_integers
 
 
@@ -93,69 +91,6 @@ def test_loss_and_gradients_are_those_of_transformers(rng, case):
         tolerance = 1e-4 * p.grad.norm() + 1e-6 * total
         assert (p.grad - gradients.pop(name)).norm() < tolerance, (name, model.config)
     assert not gradients
-
-
-def test_who_takes_grouped_heads():
-    """Not a T4, and no GPU in an FP32 block."""
-    assert takes_grouped_heads((8, 0), torch.float16) and takes_grouped_heads((9, 0), torch.bfloat16)
-    assert not takes_grouped_heads((7, 5), torch.float16) and not takes_grouped_heads((9, 0), torch.float32)
-
-
-def test_expanded_heads_attend_alike(rng):
-    """Keys and values repeated for every query head, as old GPUs get them, give what grouped attention does."""
-    K, group, S, T = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 30), rng.randint(1, 30)
-    S = max(S, T)
-    q, k, v = torch.randn(2, K * group, T, 8), torch.randn(2, K, S, 8), torch.randn(2, K, S, 8)
-    expanded = [expand_heads(x, K * group) for x in (k, v)]
-    assert all(x.shape == (2, K * group, S, 8) for x in expanded)
-    assert torch.allclose(causal_attention(q, k, v), causal_attention(q, *expanded), atol=1e-6)
-    for head in range(K * group):
-        assert torch.equal(expanded[0][:, head], k[:, head // group])
-
-
-def test_a_gpu_that_wants_equal_heads(rng, monkeypatch):
-    """The path of a T4, taken here: what PyTorch gets has as many key and value heads as query heads."""
-    inputs = [torch.randn(2, heads, 7, 8) for heads in (6, 2, 2)]
-    grouped = causal_attention(*inputs)
-    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
-
-    def recording(q, k, v, **options):
-        seen.append((q.size(1), k.size(1), v.size(1), options["enable_gqa"]))
-        return attend(q, k, v, **options)
-
-    monkeypatch.setattr(model_py, "wants_equal_heads", lambda q: True)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
-    assert torch.allclose(causal_attention(*inputs), grouped, atol=1e-6)
-    assert seen == [(6, 6, 6, False)]
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_short_bfloat16_attention(rng, autocast):
-    """Where it is trained on a CPU it is computed in FP32, forward and backward, under autocast too: outputs and
-    gradients are the FP32 ones, rounded."""
-    T = rng.randint(1, 40)
-    inputs = [torch.randn(2, heads, T, 8).bfloat16() for heads in (4, 2, 2)]
-    exact = [x.float().requires_grad_() for x in inputs]
-    ours = [x.clone().requires_grad_() for x in inputs]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = causal_attention(*ours)
-    wanted = causal_attention(*exact)
-    gradient = torch.randn_like(y)
-    y.backward(gradient)
-    wanted.backward(gradient.float())
-    assert y.dtype == torch.bfloat16 and torch.equal(y, wanted.bfloat16())
-    assert all(torch.equal(x.grad, z.grad.bfloat16()) for x, z in zip(ours, exact))
-
-
-def test_chunked_attention(rng):
-    """Outputs and gradients as in one piece, whatever the length of a chunk."""
-    K, group, T = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 40)
-    inputs = [torch.randn(2, heads, T, 8, requires_grad=True) for heads in (K * group, K, K)]
-    whole, chunked = causal_attention(*inputs), chunked_attention(*inputs, length=rng.randint(1, T + 5))
-    assert torch.allclose(chunked, whole, atol=1e-6)
-    weights = torch.randn_like(whole)
-    for ours, theirs in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (chunked, whole))):
-        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_recomputed_blocks(rng):
@@ -286,6 +221,29 @@ def test_cache_that_is_read_in_grains(rng, grain):
             pieces.append(model(piece, cache=cache)[0])
             assert len(cache.read) % cache.grain == 0 <= len(cache.read) - cache.length < cache.grain
         assert (torch.cat(pieces, dim=1) - exact).abs().max() < 1e-10, sizes
+
+
+@pytest.mark.parametrize("grain", [1, 4])
+@torch.no_grad()
+def test_another_attention_decodes_too(rng, grain):
+    """What `run_with` is handed computes every attention: that of whole texts, of a prompt and of each token after it.
+    It gets the keys and values of all tokens so far, and with a grain the mask."""
+    model, calls = llama(shape(**IN_FLOAT64)).double(), []
+    ids, K, D = random_ids(rng, model.config, 2, 9), model.config.num_key_value_heads, model.config.head_dim
+
+    def recorder(q, k, v, mask=None):
+        calls.append((q.size(2), k.size(2), None if mask is None else tuple(mask.shape)))
+        assert k.shape == v.shape == (2, K, k.size(2), D)
+        return causal_attention(q, k, v, mask)
+
+    plain = model(ids)[0]
+    model.run_with(recorder)
+    whole, cache = model(ids)[0], KVCache(16, grain=grain)
+    pieces = [model(piece, cache=cache)[0] for piece in ids.split([6, 1, 1, 1], dim=1)]
+    assert torch.equal(whole, plain) and (torch.cat(pieces, dim=1) - plain).abs().max() < 1e-10
+    read = {1: [6, 7, 8, 9], 4: [8, 8, 8, 12]}[grain]
+    wanted = [(9, 9, None), *((T, S, (T, S) if grain > 1 else None) for T, S in zip([6, 1, 1, 1], read))]
+    assert calls == [call for call in wanted for _ in range(model.config.num_hidden_layers)]
 
 
 @pytest.mark.parametrize("grain", [1, 4])

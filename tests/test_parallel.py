@@ -16,7 +16,7 @@ from tests.commands import ROOT, metrics, run
 from tests.test_train import TINY, wait_for_lines
 
 # 8 sequences a step, so 1, 2 or 4 processes; accumulation on each; in FP32, so that only the order of sums differs.
-OPTIONS = [*TINY, "--backend=cpu", "--dtype=float32", "--max_steps=20", "--schedule=cosine", "--eval_interval=5",
+OPTIONS = [*TINY, "--backend=cpu", "--dtype=fp32", "--max_steps=20", "--schedule=cosine", "--eval_interval=5",
            "--micro_batch_size=1", "--eval_blocks=7", "--keep_checkpoints=9"]
 
 
@@ -164,7 +164,7 @@ def failing(model):
     def compiled(*batch): raise RuntimeError("cannot find -lcuda")
     return compiled
 torch.compile = failing if os.environ["RANK"] == "1" else lambda model: lambda *batch: model(*batch)""")
-    process = torchrun(2, "--data_dir", quickstart_data, *OPTIONS, "--max_steps=3", "--dtype=float16", "--compile",
+    process = torchrun(2, "--data_dir", quickstart_data, *OPTIONS, "--max_steps=3", "--dtype=fp16", "--compile",
                        script=script)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, (out, err)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import quant_t4
+from cli import BadInput
 from model import Llama, ModelConfig
 from quant_t4 import Int8LinearT4, Int8Product, apply_t4_recipe, quantize, quantize_for_export, use_integers
 
@@ -123,7 +123,7 @@ def test_recipe(rng):
     assert not torch.equal(after, before) and torch.allclose(after, before, atol=0.05)
     groups = model.parameter_groups(0.1)
     assert sum(len(group["params"]) for group in groups) == len(parameters)
-    with pytest.raises(ValueError, match="lm_head"):
+    with pytest.raises(BadInput, match="^int8_linears: .*lm_head.*q_proj"):
         apply_t4_recipe(model, ("lm_head",))
 
 

@@ -9,20 +9,21 @@ import torch
 
 pytest.importorskip("torch_xla", reason="torch_xla is not installed: make tpu-test")
 
-import torch_xla  # noqa: E402
-import torch_xla.debug.metrics as xla_metrics  # noqa: E402
+import torch_xla
+import torch_xla.debug.metrics as xla_metrics
 
-import backend  # noqa: E402
-import train  # noqa: E402
-from config import BadInput  # noqa: E402
-from model import causal_attention, chunked_attention  # noqa: E402
-from tests.commands import metrics, refused, run  # noqa: E402
-from tests.test_train import TINY, stopping_at  # noqa: E402
+import backend
+import train
+from backend import chunked_attention
+from cli import BadInput
+from model import causal_attention
+from tests.commands import metrics, refused, run
+from tests.test_train import TINY, stopping_at
 
 backend.pick("xla")  # before any backward pass: at its first, autograd counts the devices that there will ever be
 
 # 8 sequences a step, in two micro-batches on one device; FP32, so that only the order of sums differs.
-OPTIONS = [*TINY, "--dtype=float32", "--max_steps=30", "--schedule=cosine", "--eval_interval=10", "--eval_blocks=7"]
+OPTIONS = [*TINY, "--dtype=fp32", "--max_steps=30", "--schedule=cosine", "--eval_interval=10", "--eval_blocks=7"]
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +133,7 @@ def test_fp32_islands_in_the_program(tiny, recorded, recompute):
     """Under bfloat16, of 12 blocks: FP32 products exactly in the first and the last, forward and backward, none
     elsewhere; every norm in FP32."""
     def run_with(blocks):
-        train.main([*tiny, "--backend=xla", "--dtype=bfloat16", "--model.num_hidden_layers=12", "--max_steps=1",
+        train.main([*tiny, "--backend=xla", "--dtype=bf16", "--model.num_hidden_layers=12", "--max_steps=1",
                     "--micro_batch_size=8", f"--recompute={recompute}", "--attention=sdpa", "--overwrite",
                     "--model.fp32_blocks", *blocks])
         return recorded["programs"][-1]
@@ -153,7 +154,7 @@ def test_chunks_attend_like_the_whole(rng):
     device = torch_xla.device()
     T, length = 96, rng.choice([16, 32, 40])
     q, k, v = (torch.randn(2, 4, T, 8, device=device, requires_grad=True) for _ in range(3))
-    y = chunked_attention(q, k, v, length)
+    y = chunked_attention(q, k, v, length=length)
     program = torch_xla._XLAC._get_xla_tensors_hlo([y])
     assert "96,96" not in program
     assert "96,96" in torch_xla._XLAC._get_xla_tensors_hlo([causal_attention(q, k, v)])
@@ -214,7 +215,7 @@ def test_int8_is_fake(tiny, tmp_path, capsys):
 
 def test_bad_input(tiny, tmp_path, monkeypatch):
     """One line each for what XLA cannot do."""
-    for options, words in ((["--dtype=float16"], "bfloat16"), (["--attention=flash"], "TPU")):
+    for options, words in ((["--dtype=fp16"], "bf16"), (["--attention=flash"], "TPU")):
         refused(run("train.py", *tiny, "--backend=xla", *options, cwd=tmp_path), words)
     refused(run("train.py", *tiny, "--backend=xla", cwd=tmp_path, env={"CPU_NUM_DEVICES": "3"}), "8 sequences", "3")
     environment = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
