@@ -1,5 +1,6 @@
 # make demo    a virtual environment, the embedded data, a tiny Llama trained on it, and what it writes
 # make test    the test suite
+# make lint    ruff, by the rules in pyproject.toml
 # make web     the web demo, on http://127.0.0.1:7860, in a virtual environment of its own
 # make test-web      its tests, every tab in a headless Chromium
 # make compat  the tests of exports with transformers 4.46 and llama.cpp, in a virtual environment of their own
@@ -8,12 +9,15 @@
 # make clean   removes what those made
 
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 RUN = .venv/bin/python
-WEB_PIP = .venv-web/bin/python -m pip install --disable-pip-version-check --constraint .venv-web/constraints.txt
-TPU_PIP = .venv-tpu/bin/python -m pip install --disable-pip-version-check
+# Installs an extra of pyproject.toml with the pinned versions, but for those that the extra wants otherwise:
+# $(call install,ENVIRONMENT,EXTRA,PACKAGES WITHOUT A PIN)
+define install
+	grep -Ev '^($(if $(3),$(3),none))==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --disable-pip-version-check --constraint $(1)/constraints.txt $(2)
+endef
 
-.PHONY: demo test web test-web compat tpu-test tpu-compile clean
+.PHONY: demo test lint web test-web compat tpu-test tpu-compile clean
 
 demo: .venv/run
 	$(RUN) prepare.py
@@ -28,6 +32,9 @@ demo: .venv/run
 test: .venv/test
 	$(RUN) -m pytest -m "not browser" --numprocesses 2 --dist loadfile
 
+lint: .venv/test
+	$(RUN) -m ruff check
+
 web: .venv-web/run
 	.venv-web/bin/python demo.py
 
@@ -36,10 +43,10 @@ test-web: .venv-web/test
 		|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update --quiet=2 \
 			&& DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends --yes chromium; } \
 		|| { echo "test-web drives a Chromium and there is none: apt-get install chromium" >&2; exit 1; }
-	.venv-web/bin/python -m pytest tests/test_demo.py tests/test_web.py
+	.venv-web/bin/python -m pytest tests/web tests/test_demo.py
 
 compat: .venv-compat/test
-	.venv-compat/bin/python -m pytest tests/test_export.py tests/test_gguf.py
+	.venv-compat/bin/python -m pytest tests/test_export.py tests/formats
 
 tpu-test: .venv-tpu/test
 	PJRT_DEVICE=CPU .venv-tpu/bin/python -m pytest tests/test_xla.py
@@ -48,44 +55,40 @@ tpu-compile: .venv-tpu/compile
 	.venv-tpu/bin/python prepare.py
 	.venv-tpu/bin/python -m tests.compile_for_tpu
 
-.venv/run: requirements.txt constraints.txt
+.venv/run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is too old: Python 3.10 or newer is needed (make demo PYTHON=...)")'
 	$(PYTHON) -m venv .venv
-	$(PIP) --requirement requirements.txt
+	$(call install,.venv,.)
 	touch $@
 
-.venv/test: .venv/run requirements-test.txt requirements-export.txt
-	$(PIP) --requirement requirements-test.txt
+.venv/test: .venv/run
+	$(call install,.venv,".[test]")
 	touch $@
 
 # gradio wants an older pillow than the tests have.
-.venv-web/run: requirements.txt requirements-demo.txt constraints.txt
+.venv-web/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-web
-	grep -v '^pillow==' constraints.txt > .venv-web/constraints.txt
-	$(WEB_PIP) --requirement requirements-demo.txt
+	$(call install,.venv-web,".[web]",pillow)
 	touch $@
 
 .venv-web/test: .venv-web/run
-	$(WEB_PIP) pytest playwright transformers
+	$(call install,.venv-web,".[test-web]",pillow)
 	touch $@
 
-.venv-compat/test: requirements.txt requirements-compat.txt constraints.txt
+.venv-compat/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-compat
-	grep -Ev '^(transformers|tokenizers|huggingface_hub|datasets|fsspec|dill|multiprocess)==' constraints.txt > .venv-compat/constraints.txt
-	.venv-compat/bin/python -m pip install --disable-pip-version-check --constraint .venv-compat/constraints.txt \
-		--requirement requirements-compat.txt
+	$(call install,.venv-compat,".[compat]",transformers|tokenizers|huggingface_hub|datasets|fsspec|dill|multiprocess)
 	touch $@
 
-.venv-tpu/test: requirements.txt requirements-tpu.txt constraints.txt
+.venv-tpu/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-tpu
-	grep -v '^torch==' constraints.txt > .venv-tpu/constraints.txt
-	$(TPU_PIP) --constraint .venv-tpu/constraints.txt --requirement requirements-tpu.txt
+	$(call install,.venv-tpu,".[tpu]",torch)
 	touch $@
 
 # libtpu alone, without what it depends on: the compiler needs none of it.
 .venv-tpu/compile: .venv-tpu/test
-	$(TPU_PIP) jax==0.7.1 jaxlib==0.7.1
-	$(TPU_PIP) --no-deps libtpu==0.0.21
+	.venv-tpu/bin/python -m pip install --disable-pip-version-check jax==0.7.1 jaxlib==0.7.1
+	.venv-tpu/bin/python -m pip install --disable-pip-version-check --no-deps libtpu==0.0.21
 	touch $@
 
 clean:

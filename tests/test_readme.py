@@ -9,6 +9,9 @@ from tests.test_family import FAMILY
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "BENCHMARKS.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+WINGS = ("tokenizer", "sources", "decoding", "formats", "web", "bench")
 COUNTS = re.findall(r"\[\S+\]\((\S+\.py)\) \| (\d+) \|", README)
 
 
@@ -19,33 +22,59 @@ def test_line_counts(file, lines):
 
 
 def test_every_room_is_in_the_reading_order():
-    listed = {file for file, _ in COUNTS} | {"bench.py"}
+    """A row for each file at the root, a line for each wing, a link for each member of the family."""
+    listed = {file for file, _ in COUNTS}
     assert listed == {path.name for path in ROOT.glob("*.py")} | {"config/__init__.py", "config/quickstart.py"}
+    for wing in WINGS:
+        assert f"]({wing})" in README
     for name in FAMILY:
         assert f"](config/{name}.py)" in README
 
 
-def test_nothing_is_left_to_be_filled_in():
+def test_a_front_door_is_short():
+    assert len(README.splitlines()) <= 170
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "NOTES.md"], ids=lambda page: page.name)
+def test_nothing_is_left_to_be_filled_in(page):
     """No word in capitals stands where a figure or a table is to come."""
-    for name in ("README.md", "BENCHMARKS.md", "NOTES.md"):
-        assert not re.findall(r"^[A-Z_]{4,}$|\| [A-Z_]{4,} \|", (ROOT / name).read_text(), re.MULTILINE)
+    assert not re.findall(r"^[A-Z_]{4,}$|\| [A-Z_]{4,} \|", page.read_text(), re.MULTILINE)
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To a file that is there, and to a heading that it has."""
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
 
 
-def test_commands_are_the_makefiles():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_the_makefiles(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"`?make ([\w-]+)", README)) <= set(targets)
+    assert set(re.findall(r"(?:^ {4}|`)make ([\w-]+)", page.read_text(), re.MULTILINE)) <= set(targets)
 
 
-def test_options_exist():
-    """Every --option of the README is one that a script has, or torchrun."""
-    text = "".join((ROOT / name).read_text() for name in ("config/__init__.py", "sample.py", "model.py", "evaluate.py",
-                                                                  "export.py", "demo.py"))
-    for option in set(re.findall(r"--([a-z0-9_]+(?:\.[a-z_]+)?)", README)) - {"help", "standalone", "nproc_per_node"}:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page):
+    """Every script that a page tells to run is there, and every module."""
+    for script in re.findall(r"python3? (?:-m )?([\w./]+\.py)", page.read_text()):
+        if page.name != "CHANGELOG.md" and not script.startswith("config/mine"):
+            assert (ROOT / script).exists(), script
+    for module in re.findall(r"python -m (?!pip)(\w+(?:\.\w+)*)", page.read_text()):
+        assert (ROOT / module.replace(".", "/")).is_dir() or (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_exist(page):
+    """Every --option of a page is one that a script has, or torchrun."""
+    files = [ROOT / "config/__init__.py", ROOT / "model.py", *ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py")]
+    text = "".join(path.read_text() for path in files)
+    theirs = {"help", "field", "standalone", "nproc_per_node", "model", "prompt", "temp", "top-p"}
+    for option in set(re.findall(r"(?<![\w-])--([a-z0-9_]+(?:\.[a-z_0-9]+)?)", page.read_text())) - theirs:
         assert re.search(rf"^    {option.split('.')[-1]}_?: ", text, re.MULTILINE), option
 
 
