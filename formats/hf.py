@@ -144,7 +144,8 @@ def check(folder: Path, model: Llama, vocabulary: Tokenizer) -> str:
     loaded = peers.load_tokenizer(str(folder), trust_remote_code=True)  # our own code, written a moment ago
     ids, wanted = loaded(SAMPLE, add_special_tokens=False)["input_ids"], vocabulary.encode(SAMPLE).tolist()
     if ids != wanted or loaded.decode(ids) != vocabulary.decode(wanted):
-        raise BadInput(f"transformers makes other tokens of a text than {vocabulary.name} does")
+        raise BadInput(f"transformers {peers.library().__version__} makes other tokens of a text than "
+                       f"{vocabulary.name} does")
     return found
 
 

@@ -395,8 +395,8 @@ def test_parameter_groups(tied):
 def test_flops_per_token(rng, tied):
     """The formula is the count of the products that torch really makes, forward and backward."""
     model = Llama(shape(tie_word_embeddings=tied))
-    C, I, V, L, H, K, D, T = 24, 40, 61, 2, 4, 2, 10, rng.randint(2, 16)
-    by_hand = 6 * (L * (2 * C * H * D + 2 * C * K * D + 3 * C * I) + V * C) + 12 * L * H * D * T
+    C, M, V, L, H, K, D, T = 24, 40, 61, 2, 4, 2, 10, rng.randint(2, 16)
+    by_hand = 6 * (L * (2 * C * H * D + 2 * C * K * D + 3 * C * M) + V * C) + 12 * L * H * D * T
     assert model.flops_per_token(T) == by_hand
     ids = random_ids(rng, model.config, 2, T)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # plain products

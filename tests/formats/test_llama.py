@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import checkpoint
 import sample
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 def their_model(rng, **changes):
     """Somebody's Llama, made by transformers, that ends its texts with our token."""
+    logging.disable_progress_bar()  # when it is saved
     theta = rng.choice([500.0, 20_000.0])
     config = LlamaConfig(**dict(
         vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -71,7 +73,7 @@ def test_import(rng, command, tmp_path, shape, stored, in_process):
     folder = tmp_path / "theirs"
     model.save_pretrained(folder, max_shard_size="100KB" if stored == "shards" else "5GB")
     if stored == "bin":
-        torch.save({name: p for name, p in model.state_dict().items()}, folder / "pytorch_model.bin")
+        torch.save(dict(model.state_dict()), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
     files = {"shards": 3 - model.config.tie_word_embeddings, "bin": 0}
     assert len(list(folder.glob("*.safetensors"))) == files.get(stored, 1)
@@ -88,7 +90,8 @@ def test_import(rng, command, tmp_path, shape, stored, in_process):
     code, out, _ = in_process(sample.main, "--prompt", "def f", "--greedy", "--max_new_tokens", 5,
                               "--repetition_penalty", 1)
     assert code == 0
-    assert out == "def f" + vocabulary.decode(greedy(loaded, prompt_ids(vocabulary, "def f"), 5)) + "\n"
+    ids = greedy(loaded, prompt_ids(vocabulary, "def f"), 5, vocabulary.eos_id)
+    assert out == "def f" + vocabulary.decode(ids) + "\n"
 
 
 def test_there_and_back(rng, command, exported, tmp_path, in_process):
