@@ -322,7 +322,7 @@ def test_int8(command, shown, tmp_path, rng, activations, tied):
     reference = llama(tie_word_embeddings=False).double()
     reference.load_state_dict(model.state_dict() | {"lm_head.weight": model.lm_head.weight})
     for parent in list(reference.modules()):
-        for name, linear in list(parent.named_children()):
+        for linear in list(parent.children()):
             if isinstance(linear, torch.nn.Linear):
                 integers, scale = quantize(linear.weight)
                 linear.weight.copy_(integers.double() * scale.double())
@@ -501,7 +501,7 @@ def test_an_encoder_is_refused(command, tmp_path, rng):
 # -----------------------------------------------------------------------------
 # runs side by side
 
-def logged_run(folder, name, rng, changes={}):
+def logged_run(folder, name, rng, **changes):
     """A run's config.json and metrics.jsonl, as train.py writes them; its evaluations [(step, bits per byte)]."""
     config = Config(name=name, model=ModelConfig(hidden_size=rng.choice([16, 32, 48]), num_attention_heads=2,
                                                  num_hidden_layers=2), tokens_per_step=512)
@@ -545,7 +545,7 @@ def test_compare_refuses(command, tmp_path, rng):
     (runs["begun"] / "metrics.jsonl").write_text('{"step": 1, "train_loss": 3.0}\n')
     (runs["damaged"] / "config.json").write_text('{"model": {"vocab')
     (runs["shapeless"] / "config.json").write_text("[]")
-    logged_run(tmp_path, "heads", rng, {"model": {"num_attention_heads": 0}})
+    logged_run(tmp_path, "heads", rng, model={"num_attention_heads": 0})
     (runs["other"] / "config.json").unlink()
     (runs["steps"] / "metrics.jsonl").write_text('{"val_bits_per_byte": 3.0}\n')
     for name, word in {"new": "not been evaluated", "begun": "not been evaluated", "damaged": "damaged",
