@@ -46,7 +46,7 @@ test-web: .venv-web/test
 	.venv-web/bin/python -m pytest tests/web tests/test_demo.py
 
 compat: .venv-compat/test
-	.venv-compat/bin/python -m pytest tests/test_export.py tests/formats
+	.venv-compat/bin/python -m pytest tests/test_export.py tests/formats tests/tokenizer/test_for_transformers.py
 
 tpu-test: .venv-tpu/test
 	PJRT_DEVICE=CPU .venv-tpu/bin/python -m pytest tests/test_xla.py
