@@ -24,7 +24,6 @@ from backend import Backend
 from cli import BadInput, brief
 from config import LONG_SPELLINGS, Config, Source
 from data import Batches
-from model import ModelConfig
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,10 +122,10 @@ def shaped_like(config: Config, step_dir: Path, vocabulary: Tokenizer) -> Config
         raise BadInput(f"{step_dir} was trained with another vocabulary than {vocabulary.name}: prepare the data with "
                        f"that one (--tokenizer, and another --data_dir), and train with it")
     try:
-        theirs = asdict(ModelConfig(**state["config"]["model"]))
+        theirs = asdict(checkpoint.read_shape(step_dir, state))
         ours = ("initializer_range", "scale_residual_init", "fp32_norms", "fp32_blocks")
         return replace(config, model=replace(config.model, **{k: v for k, v in theirs.items() if k not in ours}))
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise BadInput(f"cannot start from {step_dir}: {error}") from error
 
 

@@ -57,11 +57,16 @@ class Plan:
         if before and before["max_steps"] == steps:
             self.tokens = state.get("train_tokens", self.tokens)
         self.device = device
-        self.set_length(replace(config, max_steps=steps))
+        self.follow(replace(config, max_steps=steps))
 
-    def set_length(self, config: Config):
-        """Use this config, and its max_steps, from here on."""
-        self.config, self.max_steps = config, config.max_steps
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps in the run."""
+        return self.config.max_steps
+
+    def follow(self, config: Config):
+        """Use this config, and the data of a run of its length, from here on."""
+        self.config = config
         self.batches = Batches(config, "train", rank=self.device.rank, world_size=self.device.world_size,
                                chips=self.device.chips, first=self.tokens)
 
@@ -75,7 +80,7 @@ class Plan:
             return
         left = 60 * minutes - seconds
         steps = min(self.longest, step + max(1, int(left / (seconds / step))))
-        self.set_length(replace(self.config, max_steps=steps))
+        self.follow(replace(self.config, max_steps=steps))
         print(f"at this pace {steps:,} steps fit into {minutes:g} minutes", flush=True)
 
 

@@ -48,6 +48,13 @@ def in_process(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def in_tmp_path(in_process, tmp_path, monkeypatch):
+    """As in_process, in a directory of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return in_process
+
+
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
     """transformers asks no hub, and keeps the code that it loads out of the home directory."""
@@ -97,3 +104,10 @@ def fine(monkeypatch):
     from sources import streams
     monkeypatch.setattr(streams, "CHUNK", 3000)
     monkeypatch.setattr(prepare, "SAVE_SECONDS", -1)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with a run and its exports: out/tiny, hf (exact) and plain/hf (portable)."""
+    from tests.formats.exports import export_both  # here, as few tests need what it imports
+    return export_both(tmp_path_factory.mktemp("exported"))

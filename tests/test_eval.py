@@ -88,10 +88,9 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def command(in_process, tmp_path, monkeypatch):
+def command(in_tmp_path):
     """eval.py in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return partial(in_process, eval.main)
+    return partial(in_tmp_path, eval.main)
 
 
 @pytest.fixture

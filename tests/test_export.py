@@ -15,22 +15,15 @@ import checkpoint
 import export
 from formats import hf, int8
 from tests.commands import refused
-from tests.formats.exports import PORTABLE_FILES, contents, export_both, llama, names, save
+from tests.formats.exports import PORTABLE_FILES, contents, llama, names, save
 
 pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture
-def command(in_process, tmp_path, monkeypatch):
+def command(in_tmp_path):
     """export.py in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return partial(in_process, export.main)
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A folder with a run and its exports: out/tiny, hf (exact) and plain/hf (portable)."""
-    return export_both(tmp_path_factory.mktemp("exported"))
+    return partial(in_tmp_path, export.main)
 
 
 @pytest.fixture

@@ -19,10 +19,9 @@ SPLITS = ("train", "val")
 
 
 @pytest.fixture
-def command(in_process, tmp_path, monkeypatch):
+def command(in_tmp_path):
     """prepare.py in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return partial(in_process, prepare.main)
+    return partial(in_tmp_path, prepare.main)
 
 
 @pytest.fixture

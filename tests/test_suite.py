@@ -116,10 +116,9 @@ def whole(request, tmp_path_factory):
 
 
 @pytest.fixture
-def command(in_process, tmp_path, monkeypatch):
+def command(in_tmp_path):
     """eval.py --benchmarks in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return partial(in_process, eval.main, "--benchmarks")
+    return partial(in_tmp_path, eval.main, "--benchmarks")
 
 
 def copy_of(whole, tmp_path):

@@ -35,10 +35,9 @@ def tiny(quickstart_data):
 
 
 @pytest.fixture
-def command(in_process, tmp_path, monkeypatch):
+def command(in_tmp_path):
     """train.py in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    return partial(in_process, train.main)
+    return partial(in_tmp_path, train.main)
 
 
 @pytest.fixture(scope="module")
