@@ -182,7 +182,8 @@ class Progress:
 @backend.one_of_several
 def main(argv: list[str]) -> int:
     # Set up. What are we asked to run, on which device, and which checkpoint do we go on from?
-    started, asked = time.monotonic(), load(argv)
+    started = time.monotonic()
+    asked = load(argv)
     meta = read_meta(asked)
     vocabulary = tokenizer_of(asked, meta)
     device = backend.pick(asked.backend, asked.dtype)
