@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import BadInput
+from cli import BadInput, brief
 from model import causal_attention
 
 # Dense half-precision peaks in FLOP/s, from the makers' data sheets. The first key found in the device's name counts.
@@ -156,7 +156,13 @@ class Backend:
         torch.compile is lazy, so its failures come late (Kaggle's T4s lack a library, a laptop may lack a C++
         compiler). So I try one step on `batch` and one evaluation on `held_out`, (input_ids, targets) each, here, where
         falling back costs nothing. If it fails in one process, all go on without it.
+
+        The backward pass is traced without autocast, as eager mode runs it. From torch 2.9 on the default is to trace
+        it under the forward pass's, which would cast the products of FP32 blocks down.
         """
+        from torch._functorch import config as tracing  # here, as only torch.compile needs it
+        if hasattr(tracing, "backward_pass_autocast"):
+            tracing.backward_pass_autocast = "off"
         compiled, reason = torch.compile(model), ""
         try:
             with self.autocast():
@@ -383,6 +389,9 @@ def one_of_several(main: Callable[[list[str]], int]) -> Callable[[list[str]], in
         try:
             code = main(argv)
         except RuntimeError as error:
+            if re.search("allocate memory|out of memory", str(error)):
+                raise BadInput(f"there is not enough memory: choose a smaller --micro_batch_size or a smaller model; "
+                               f"checkpoints are kept ({brief(error)})") from error
             if not dist.is_initialized() or not re.search("peer|gloo|NCCL", str(error), re.IGNORECASE):
                 raise
             reason = str(error).strip().splitlines()[0][:200]

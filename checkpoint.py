@@ -9,21 +9,23 @@ one. The weights have Hugging Face's parameter names. Nothing is pickled.
 """
 
 import contextlib
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 import tokenizer
 from backend import Backend
-from cli import BadInput
+from cli import BadInput, brief, is_count, is_number, is_positive, parse_json
 from model import Llama, ModelConfig
 from quant_t4 import dequantize
 from tokenizer import Tokenizer
@@ -60,6 +62,21 @@ def replace(path: Path, data: bytes):
     sync_directory(path.parent)
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is another process of this number."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # there os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` at the end of the context. After an error nothing is left of it.
@@ -73,6 +90,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise BadInput(f"{out} cannot be made: you are in that directory, or part of the path is a file")
     above = next(parent for parent in target.parents if parent.is_dir())  # on the same disk, so a rename is enough
     partial = above / f".{target.name}.{os.getpid()}.partial"
+    for path in above.glob(f".{glob.escape(target.name)}.*.partial"):  # what exports that were killed have left
+        pid = path.name.split(".")[-2]
+        if path.is_dir() and pid.isdecimal() and not is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -82,6 +103,63 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, otherwise: str) -> Iterator[None]:
+    """Hold a folder's lock. The folder is made if it is missing, and removed again if it is still empty at the end.
+
+    If another process holds the lock for longer than the workers of a killed run need to notice
+    (`workers.follow_parent`: they are forked, so they share its lock), raises BadInput: "another `otherwise`".
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    descriptor, deadline = None, time.monotonic() + 5
+    try:
+        while descriptor is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = lock(folder)
+            if descriptor is None and time.monotonic() > deadline:
+                raise BadInput(f"another {otherwise}")
+            time.sleep(0.1 if descriptor is None else 0)
+        yield
+    finally:
+        if descriptor is not None:
+            unlock(descriptor)
+        with contextlib.suppress(OSError):  # not empty, or another process has it now
+            for path in missing:
+                path.rmdir()
+
+
+def lock(folder: Path) -> int | None:
+    """Lock a folder: a number to unlock it with, or None if another process has it. It ends with this process."""
+    if os.name == "nt":  # Windows has no flock
+        return -1
+    import fcntl
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.isdir(folder) and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except BlockingIOError:
+        pass
+    except OSError:  # some network drives have no locks
+        return descriptor
+    os.close(descriptor)  # somebody else has it, or has just removed the folder
+    return None
+
+
+def unlock(descriptor: int):
+    """Undo `lock`."""
+    if os.name == "nt":
+        return
+    import fcntl
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # if we only closed it, workers on their way out would keep it
+    os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def remove(path: Path):
@@ -142,10 +220,10 @@ def find(path: Path, which: str = "latest") -> Path:
     pointer = path / which if (path / which).is_file() else path / "latest"
     if not pointer.is_file():
         raise BadInput(f"there is no checkpoint in {path}; train one with train.py")
-    step_dir = path / pointer.read_text(errors="replace").strip()
-    if not (step_dir / "state.json").is_file():
-        raise BadInput(f"{pointer} names {step_dir.name}, which is not there; choose another step of {path}")
-    return step_dir
+    name = pointer.read_text(errors="replace").strip()[:100]
+    if not name.isprintable() or not (path / name / "state.json").is_file():
+        raise BadInput(f"{pointer} names {name!r}, which is not there; choose another step of {path}")
+    return path / name
 
 
 def run_dir(step_dir: Path) -> Path:
@@ -161,12 +239,23 @@ def newest_run(out: Path = Path("out")) -> Path:
     return pointers[-1].parent
 
 
+CONFIG = {  # of a saved Config, what is read again
+    "model": dict, "name?": str, "data_dir?": str, "tokenizer?": str, "int8_linears?": list, "dtype?": str,
+    "tokens_per_step?": is_positive, "block_size?": is_positive, "max_steps?": is_positive,
+    "anneal_fraction?": is_number,
+    "sources?": {str: {"dataset": str, "ratio": is_number, "anneal_ratio": is_number, "data_files": list}}}
+STATE = {"step": is_count, "seconds?": is_number, "best_loss?": is_number, "val_loss?": is_number,
+         "bits_per_byte?": is_number, "config?": CONFIG, "train_tokens?": {str: is_positive},
+         "scaler?": dict, "imported_from?": str}
+
+
 def read_state(step_dir: Path) -> dict:
     """What was saved beside the weights. Raises BadInput if the file is damaged."""
+    path = step_dir / "state.json"
     try:
-        return json.loads((step_dir / "state.json").read_text())
+        return parse_json(path.read_bytes(), STATE)
     except ValueError as error:
-        raise BadInput(f"{step_dir / 'state.json'} is damaged: {error}") from error
+        raise BadInput(f"{path} is damaged, or does not describe a model: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -174,7 +263,29 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
-        raise BadInput(f"{path} is missing or damaged: {error}") from error
+        raise BadInput(f"{path} is missing or damaged: {brief(error)}") from error
+
+
+def read_weights(step_dir: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, by name. Raises BadInput if their file is missing or damaged."""
+    path = step_dir / "model.safetensors"
+    try:
+        return dequantize(read_tensors(path))
+    except RuntimeError as error:  # scales that do not fit
+        raise BadInput(f"{path} is damaged: {brief(error)}") from error
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """The shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def compare(ours: dict[str, tuple], theirs: dict[str, tuple], where: str, hint: str):
+    """Raise BadInput, "`where`: ...; `hint`", unless two sets of tensors have the same names and shapes."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(name, "absent"), theirs.get(name, "absent")
+        if here != there:
+            raise BadInput(f"{where}: {name[:100]} is {there} there and {here} here; {hint}")
 
 
 @torch.no_grad()
@@ -184,13 +295,22 @@ def fill(model: Llama, weights: dict[str, torch.Tensor], where: str, hint: str):
     If names or shapes differ, raises BadInput, "`where`: ...; `hint`", and leaves the model as it was.
     """
     parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() | weights.keys()):
-        ours = tuple(parameters[name].shape) if name in parameters else "absent"
-        theirs = tuple(weights[name].shape) if name in weights else "absent"
-        if ours != theirs:
-            raise BadInput(f"{where}: {name} is {theirs} there and {ours} here; {hint}")
+    compare(shapes(parameters), shapes(weights), where, hint)
     for name, p in parameters.items():
         p.copy_(weights[name])
+
+
+def fill_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], path: Path):
+    """Give AdamW the moments of a file. Raises BadInput unless it has just those of every parameter."""
+    tensors, names = read_tensors(path), {id(p): name for name, p in parameters.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    wanted = {f"{kind}.{name}": () if kind == "step" else tuple(parameters[name].shape)
+              for name in order for kind in kinds}
+    compare(wanted, shapes(tensors), f"{path} does not belong to the model.safetensors beside it",
+            "resume from another step, or start a new run with these weights (--init_from)")
+    state = {i: {kind: tensors[f"{kind}.{name}"] for kind in kinds} for i, name in enumerate(order)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None = None) -> dict:
@@ -200,21 +320,9 @@ def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None =
     of another shape.
     """
     state = read_state(step_dir)
-    parameters = dict(model.named_parameters())
-    weights = dequantize(read_tensors(step_dir / "model.safetensors"))
-    fill(model, weights, f"{step_dir} holds another model", "use the config that it was trained with")
+    fill(model, read_weights(step_dir), f"{step_dir} holds another model", "use the config that it was trained with")
     if optimizer is not None:
-        moments = {}  # parameter name -> {"step", "exp_avg", "exp_avg_sq"}
-        for key, value in read_tensors(step_dir / "optimizer.safetensors").items():
-            kind, name = key.split(".", 1)  # exp_avg.model.norm.weight
-            moments.setdefault(name, {})[kind] = value
-        names = {id(p): name for name, p in parameters.items()}
-        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        shapes = {name: parameters[name].shape for name in order}
-        if moments and {name: kinds["exp_avg"].shape for name, kinds in moments.items()} != shapes:
-            raise BadInput(f"{step_dir / 'optimizer.safetensors'} is of another model than model.safetensors beside it")
-        optimizer.load_state_dict({"state": {i: moments[name] for i, name in enumerate(order) if name in moments},
-                                   "param_groups": optimizer.state_dict()["param_groups"]})
+        fill_moments(optimizer, dict(model.named_parameters()), step_dir / "optimizer.safetensors")
     return state
 
 
@@ -224,6 +332,26 @@ def read_shape(step_dir: Path, state: dict) -> ModelConfig:
         return ModelConfig(**state["config"]["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{step_dir / 'state.json'} does not describe a model: {error!r}") from error
+
+
+def check_shape(step_dir: Path, shape: ModelConfig):
+    """Raise BadInput unless the weights of a checkpoint have this shape.
+
+    It reads only the header of their file, so a damaged state.json cannot ask for more memory than there is.
+    """
+    path = step_dir / "model.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
+                      if not name.endswith(".weight_scale")}
+    except (SafetensorError, FileNotFoundError) as error:
+        raise BadInput(f"{path} is missing or damaged: {brief(error)}") from error
+    if shape.num_hidden_layers > len(theirs):  # even the shapes of a thousand layers take seconds
+        raise BadInput(f"{step_dir} holds {len(theirs)} tensors, and its state.json asks for {shape.num_hidden_layers} "
+                       f"layers; one of the two is damaged")
+    with torch.device("meta"):  # shapes without numbers
+        ours = shapes(dict(Llama(shape).named_parameters()))
+    compare(ours, theirs, f"{step_dir} holds another model than its state.json says", "one of the two is damaged")
 
 
 def load_tokenizer(step_dir: Path, state: dict) -> Tokenizer:
@@ -237,7 +365,9 @@ def load_tokenizer(step_dir: Path, state: dict) -> Tokenizer:
     except (KeyError, TypeError) as error:
         raise BadInput(f"{step_dir / 'state.json'} does not say which tokenizer the model has: {error!r}") from error
     near = [folder / name for folder in (step_dir, step_dir.parent) if (folder / name).is_file()]
-    vocabulary = tokenizer.load(near[0] if near else name, state["config"].get("tokenizer_segmentation", "exact"))
+    delimiters = {key: state[key] for key in ("eos_token", "bos_token") if isinstance(state.get(key), str)}
+    vocabulary = tokenizer.load(near[0] if near else name, state["config"].get("tokenizer_segmentation", "exact"),
+                                **delimiters, beside=False)
     if vocabulary.sha256 != sha256:
         raise BadInput(f"{step_dir} was trained with another vocabulary than the {vocabulary.name} that is here")
     return vocabulary
@@ -260,9 +390,12 @@ def open_trained(path: Path | None = None, which: str = "best", device: Backend 
     None it stays on the CPU. Raises BadInput as `find`, `load` and `load_tokenizer` do.
     """
     step_dir = find(path or newest_run(), which)
-    model = Llama(read_shape(step_dir, read_state(step_dir)))
+    shape = read_shape(step_dir, read_state(step_dir))
+    check_shape(step_dir, shape)
+    model = Llama(shape)
     state = load(step_dir, model)
     vocabulary = load_tokenizer(step_dir, state)
+    vocabulary.within(shape.vocab_size)
     if device is not None:
         model.to(device.device).run_with(device.attention())
     return Trained(step_dir, model, vocabulary, state)

@@ -5,7 +5,6 @@ and accumulation steps. `curriculum` gives each number its source, and how many 
 gives its block. So resuming needs nothing but the step, and one device reads what eight would.
 """
 
-import json
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
@@ -13,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import BadInput
+from cli import BadInput, is_count, is_positive, parse_json
 from config import Config
+
+# What meta.json and progress.json must hold for training. prepare.py asks for more.
+META = {"recipe": {"tokenizer?": {"sha256": str}}, "vocab_size": is_positive,
+        "sources": {str: {"train": {"tokens": is_count}, "val": {"tokens": is_count, "bytes": is_positive}}}}
 
 
 def curriculum(early: list[float], late: list[float], anneal_start: float, length: int) -> np.ndarray:
@@ -105,19 +108,14 @@ def read_meta(config: Config) -> dict:
         raise BadInput(f"there is no prepared data in {config.data_dir}; make it with prepare.py and the same config, "
                        f"or try the model on the quickstart's with --data_dir data/quickstart")
     try:
-        meta = json.loads(path.read_text())
-        missing = set(config.sources) - set(meta["sources"])
-        vocab_size = int(meta["vocab_size"])
-        for name in set(config.sources) - missing:
-            counts = meta["sources"][name]
-            if min(counts["train"]["tokens"], counts["val"]["tokens"], counts["val"]["bytes"]) < 0:
-                raise ValueError(f"a negative count for {name}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); delete {config.data_dir} and run prepare.py again") from error
+        meta = parse_json(path.read_bytes(), META)
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error}); delete {config.data_dir} and run prepare.py again") from error
+    missing, vocab_size = set(config.sources) - set(meta["sources"]), meta["vocab_size"]
     if missing:
         raise BadInput(f"{config.data_dir} has no source {', '.join(sorted(missing))}; "
                        f"it has {', '.join(meta['sources'])}")
-    if vocab_size > config.model.vocab_size:
+    if vocab_size > config.model.vocab_size and not config.init_from:  # with it the model is not known yet
         raise BadInput(f"the data has {vocab_size} token ids and the model {config.model.vocab_size} rows; "
                        f"set --model.vocab_size {vocab_size}")
     return meta
@@ -151,8 +149,9 @@ class Batches:
         needed = tokens_needed(config)
         for name, bin in zip(self.names, self.bins):
             if not bin.blocks and (needed[name] or split == "val"):
+                other = f"hold out more text (--sources.{name}.held_out, and prepare it again), or " * (split == "val")
                 raise BadInput(f"{bin.path} is shorter than one block of {config.block_size} tokens; "
-                               f"choose a smaller --block_size")
+                               f"{other}choose a smaller --block_size")
         if split == "train":
             length, self.per_step = config.max_steps * config.sequences_per_step, config.sequences_per_step
             shares = [config.sources[name] for name in self.names]

@@ -12,7 +12,6 @@ per byte is what it costs to write the text down, whatever the tokens are. Token
 whatever precision the model runs in.
 """
 
-import json
 import math
 import sys
 import unicodedata
@@ -28,8 +27,10 @@ import torch.nn.functional as F
 import backend
 import checkpoint
 import suite
-from cli import BadInput, parse, script
+from checkpoint import CONFIG
+from cli import BadInput, brief, is_positive, parse, parse_json, script
 from config import Source
+from data import META
 from decoding import compiled
 from formats import peers
 from model import Llama, ModelConfig
@@ -205,27 +206,54 @@ def open_peer(name: str, trust_remote_code: bool, device: backend.Backend) -> Su
 
 
 def held_out(data_dir: Path, names: list[str], vocabulary: Tokenizer) -> dict[str, list[Document]]:
-    """The held-out documents of each source. Raises BadInput if there are none, or of another vocabulary."""
+    """The held-out documents of each source. Raises BadInput if there are none, or damaged ones, or of another
+    vocabulary.
+    """
     try:
-        meta = json.loads((data_dir / "meta.json").read_text())
-        sha256 = meta["recipe"]["tokenizer"]["sha256"]
+        meta = parse_json((data_dir / "meta.json").read_bytes(), META)
         bins = {name: np.fromfile(data_dir / f"{name}_val.bin", "<u2") for name in names or meta["sources"]}
     except FileNotFoundError as error:
         raise BadInput(f"there is no {error.filename}; prepare the data of the run again (prepare.py), say where it is "
                        f"(--data_dir), or evaluate on another text (--text)") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{data_dir / 'meta.json'} is damaged: {error!r}") from error
-    if sha256 != vocabulary.sha256:
+    except ValueError as error:
+        raise BadInput(f"{data_dir / 'meta.json'} is damaged: {error}") from error
+    if meta["recipe"].get("tokenizer", {}).get("sha256") != vocabulary.sha256:
         raise BadInput(f"{data_dir} was prepared with another vocabulary than the model's, {vocabulary.name}")
     documents = {}
     for name, ids in bins.items():
-        ends = np.flatnonzero(ids == vocabulary.eos_id)
+        check_bin(data_dir / f"{name}_val.bin", ids, meta["sources"].get(name), vocabulary,
+                  meta.get("eos_id", vocabulary.eos_id))
+        ends = np.flatnonzero(ids == meta.get("eos_id", vocabulary.eos_id))
         # The vocabulary may have split accents from their letters (NFD). Other models are not used to that.
         documents[name] = [Document(unicodedata.normalize("NFC", vocabulary.decode(part)), part[:-1],
                                     vocabulary.count_bytes(part)) for part in np.split(ids, ends + 1) if len(part)]
-        if not documents[name]:
-            raise BadInput(f"{data_dir / f'{name}_val.bin'} is empty: there is nothing to evaluate on")
+        set_sizes(documents[name], meta["sources"].get(name, {}).get("val", {}).get("bytes", 0))
     return documents
+
+
+def set_sizes(documents: list[Document], total: int):
+    """Make the sizes of documents sum up to the bytes that prepare.py has counted on the text itself.
+
+    What the ids decode to may have another length, if the tokenizer adds spaces, say. Then we spread the difference.
+    """
+    decoded = np.cumsum([document.size for document in documents])
+    if not total or not decoded[-1] or total == decoded[-1]:
+        return
+    reached = np.rint(decoded * (total / decoded[-1])).astype(int).tolist()
+    for document, start, stop in zip(documents, [0, *reached], reached):
+        document.size = stop - start
+
+
+def check_bin(path: Path, ids: np.ndarray, counts: dict | None, vocabulary: Tokenizer, eos_id: int):
+    """Raise BadInput if a held-out bin is empty, or not what meta.json counts, or holds what is no document."""
+    if not len(ids):
+        raise BadInput(f"{path} is empty: there is nothing to evaluate on")
+    size, tokens = path.stat().st_size, counts["val"]["tokens"] if counts else 0
+    wrong = (f"it holds {size} bytes and meta.json says {2 * tokens}" if size != 2 * tokens else
+             f"it holds the id {ids.max()}, beyond the vocabulary" if ids.max() >= vocabulary.vocab_size else
+             "its last document has no end" if ids[-1] != eos_id else None)
+    if wrong:
+        raise BadInput(f"{path} is damaged: {wrong}; delete {path.parent} and run prepare.py again")
 
 
 def read_text(path: Path) -> Document:
@@ -252,7 +280,7 @@ def evaluate(subject: Subject, documents: list[Document], options: Options,
     size = sum(size for _, size in encoded)
     if not size:
         raise BadInput(f"{name} holds nothing that the vocabulary of {subject.name} can write")
-    end = [subject.vocabulary.eos_id]
+    end = [subject.vocabulary.bos_id]  # eos_id, unless the model's documents begin with a token of their own
     ids = np.concatenate([end, *(part for ids, _ in encoded for part in (ids, end))])
     with device.autocast():
         losses = token_losses(lambda input_ids: subject.model(input_ids)[0], ids, block_size, stride, batch_size,
@@ -278,7 +306,13 @@ def first_blocks(documents: list[Document], subject: Subject, count: int) -> lis
 
 def mixture(rows: dict[str, dict], sources: dict[str, dict]) -> dict[str, float]:
     """The figures of one text in which the sources are mixed by their ratios, as in train.py's log."""
-    mixed_sources = {name: Source(**fields) for name, fields in sources.items()}
+    try:
+        mixed_sources = {name: Source(**fields) for name, fields in sources.items()}
+        ratios = [source.ratio for source in mixed_sources.values()]
+        if not (min(ratios) >= 0 and 0 < sum(ratios) < math.inf):
+            raise ValueError("its ratios are no shares")
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"the checkpoint's state.json does not describe its sources: {brief(error)}") from error
     mix = mixed({name: row["loss"] for name, row in rows.items()}, mixed_sources,
                 {"sources": {name: {"val": row} for name, row in rows.items()}})
     error = math.sqrt(sum((mixed_sources[name].ratio * row["loss_stderr"]) ** 2 for name, row in rows.items()))
@@ -315,10 +349,13 @@ def report(subject: Subject, documents: dict[str, list[Document]], sources: dict
 # Runs side by side
 
 
+LOGGED = CONFIG | {"block_size": is_positive, "tokens_per_step": is_positive}  # what a run's config.json must say
+
+
 def read_run(run: Path) -> dict:
     """A run's parameters, and its evaluations over tokens and FLOPs. Raises BadInput if it has none."""
     try:
-        config = json.loads((run / "config.json").read_text())
+        config = parse_json((run / "config.json").read_bytes(), LOGGED)
         with torch.device("meta"):  # shapes without numbers
             model = Llama(ModelConfig(**config["model"]))
         flops = model.flops_per_token(config["block_size"])
@@ -327,8 +364,10 @@ def read_run(run: Path) -> dict:
         tokens = [entry["step"] * config["tokens_per_step"] for entry in evaluations]
     except FileNotFoundError as error:
         raise BadInput(f"{run} is no run of train.py: there is no {error.filename}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{run} is damaged: {error!r}") from error
+    except BadInput:
+        raise
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{run / 'config.json'} is damaged: {brief(error)}") from error
     if not evaluations:
         raise BadInput(f"{run} has not been evaluated yet: its metrics.jsonl has no held-out loss")
     return {"name": run.name, "parameters": model.num_parameters(), "tokens": tokens,

@@ -55,6 +55,9 @@ class Options:
     """A Llama to import instead of exporting: a folder, or OWNER/NAME on the hub."""
     vocabulary: str | None = None
     """With --from: the vocabulary, by name or path, if the model's folder does not hold it."""
+    eos_token: str | None = None
+    """With --from: the token, or its id, that stands between the model's documents; if None, what its config.json says.
+    (A run of ours knows it; before a training you name it with prepare.py --eos_token.)"""
 
     def __post_init__(self):
         """Raises ValueError, in one line, if the licence is not an abbreviation."""
@@ -66,6 +69,8 @@ class Options:
 
 def check_options(options: Options):
     """Raises BadInput for options that do not go with the format."""
+    if options.eos_token is not None or options.vocabulary is not None:
+        raise BadInput("--eos_token and --vocabulary are for an import: add --from")
     if options.dtype == "int8" and options.format != "gguf":
         raise BadInput("--dtype int8 (q8_0) is llama.cpp's: it needs --format gguf")
     if options.format == "onnx" and options.dtype != "fp32":
@@ -85,11 +90,11 @@ def export(options: Options):
     with checkpoint.new_folder(options.out) as folder:
         exported = segmented(trained.vocabulary, form)
         if options.format == "hf":
-            found = write_hf(folder, model, exported, dtype)
+            found = write_hf(folder, model, exported, dtype, state)
         elif options.format == "gguf":
             found = write_gguf(folder, model, state["config"].get("name", "model"), exported, options.dtype)
         elif options.format == "onnx":
-            write_settings(folder, model, exported, dtype)
+            write_settings(folder, model, exported, dtype, state)
             found = write_onnx(folder / "onnx", model)
         else:
             found = write_int8(folder, model, state, trained.vocabulary, dtype)
@@ -113,7 +118,7 @@ def main(argv: list[str]):
     if options.from_ is None:
         export(options)
     else:
-        import_llama(options.from_, options.out, options.vocabulary)
+        import_llama(options.from_, options.out, options.vocabulary, options.eos_token)
 
 
 if __name__ == "__main__":

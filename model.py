@@ -56,14 +56,15 @@ class ModelConfig:
     """Blocks that run in FP32 from end to end; negative numbers count from the last (same recipe)."""
 
     def __post_init__(self):
-        """Fill in head_dim.
-
-        Raises ValueError, in one line, for a shape that no Llama can have.
-        """
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        """Fill in head_dim. Raises ValueError, in one line, for a shape that no Llama can have."""
+        limits = {"vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1000,
+                  "num_attention_heads": 2**13, "num_key_value_heads": 2**13, "max_position_embeddings": 2**22}
+        for name, most in limits.items():
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r:.25}; it must be at least 1, at most {most}")
+        for name, least in (("rms_norm_eps", 0), ("rope_theta", 1e-9), ("initializer_range", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be a number, at least {least}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(f"model.hidden_size {self.hidden_size} does not divide into "
@@ -72,8 +73,8 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"model.num_key_value_heads {self.num_key_value_heads}")
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
+        if type(self.head_dim) is not int or not 2 <= self.head_dim <= 2**12 or self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim!r:.25}; RoPE turns pairs: it is even, at most 4096")
         self.fp32_blocks = tuple(self.fp32_blocks)  # a list if the shape comes from JSON
         for block in self.fp32_blocks:
             if not -self.num_hidden_layers <= block < self.num_hidden_layers:

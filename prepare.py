@@ -11,7 +11,6 @@ stream each source stands. Stop it at any moment: the same command goes on from 
 the last byte. Once they are complete, progress.json becomes meta.json.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -28,28 +27,44 @@ from tqdm import tqdm
 
 import checkpoint
 import tokenizer
-from cli import BadInput, StopRequest, script
-from config import Config, load
+from cli import BadInput, StopRequest, is_count, is_number, is_positive, parse_json, script
+from config import Config, Source, load
 from data import tokens_needed
 from run import duration
 from sources.embedded import QUIZZES
-from sources.streams import embedded_documents, is_embedded, is_remote, open_dataset, patiently
-from sources.workers import tokenized, worker_pool
+from sources.files import is_local, kind_of
+from sources.streams import Notes, embedded_documents, is_embedded, is_remote, open_stream, patiently
+from sources.workers import KEPT, LEFT_OUT, tokenized, worker_pool
 from tokenizer import Tokenizer
 
 VERSION = 2  # of the bins: raise it if the same config gives other ids than before
+COUNTS = dict.fromkeys(("documents", "tokens", "bytes", "dropped_bytes"), is_count)
+COUNTS |= dict.fromkeys(("marked?", *(f"{fate}?" for fate in LEFT_OUT)), is_count)
+PROGRESS = {  # what progress.json and meta.json must hold
+    "recipe": dict, "tokenizer": str, "vocab_size": is_positive, "eos_id": is_count,
+    "seconds": is_number, "sources": {str: {
+        "files": list, "stamps?": list, "position": lambda value: isinstance(value, list) and len(value) == 2
+        and is_count(value[1]), "read": is_count, "exhausted": bool, "train": COUNTS, "val": COUNTS}}}
 SAVE_SECONDS = 2  # between two saves: the most that a kill can cost
 
 
 def recipe(config: Config, vocabulary: Tokenizer) -> dict:
-    """Everything that decides what is in the bins, to tell whether a prepared directory is the right one."""
+    """Everything that decides what is in the bins, to tell whether a prepared directory is the right one.
+
+    bad_rows is not: where a source refuses them, no bin is made that skipping would have made otherwise.
+    """
     fields = ("dataset", "subset", "data_files", "split", "column", "sample_by", "preserve_linebreaks", "held_out")
     sources = {name: {field: getattr(source, field) for field in fields} for name, source in config.sources.items()}
+    for name, source in config.sources.items():
+        if source.special_tokens != "text":  # so that the recipes of before this field stay the same
+            sources[name]["special_tokens"] = source.special_tokens
     made = {"version": VERSION, "tokenizer": {"sha256": vocabulary.sha256}, "sources": sources}
+    if vocabulary.delimiters:  # not the usual ones
+        made["tokenizer"]["eos_token"] = vocabulary.eos_token
     return json.loads(json.dumps(made))  # as it reads back from a file: tuples become lists
 
 
-def take(documents: list[tuple[bytes, int, int]], counts: dict, unwanted: set[bytes], left: float,
+def take(documents: list[tuple[bytes, int, int, str]], counts: dict, unwanted: set[bytes], left: float,
          most: float) -> tuple[bytes, dict, int, bool]:
     """Go through a chunk of documents until there are enough.
 
@@ -57,13 +72,17 @@ def take(documents: list[tuple[bytes, int, int]], counts: dict, unwanted: set[by
     left         how many documents may still be looked at
     most         tokens at which the bin is full
 
-    Returns what to write, the new counts, how many documents were looked at, and whether there are enough.
+    Returns what to write, the new counts, how many documents were looked at, and whether there are enough. Every
+    document is counted: as written, or as left out for one of the reasons in LEFT_OUT.
     """
     counts, data = counts.copy(), []
-    for number, (document, size, dropped) in enumerate(documents, 1):
-        if document and document not in unwanted:
+    for number, (document, size, dropped, fate) in enumerate(documents, 1):
+        if document and document in unwanted:
+            fate = "copies"
+        counts["documents" if fate in KEPT else fate] += 1
+        if fate in KEPT:
             data.append(document)
-            counts["documents"] += 1
+            counts["marked"] += fate == "marked"
             counts["tokens"] += len(document) // 2
             counts["bytes"] += size
             counts["dropped_bytes"] += dropped
@@ -95,6 +114,7 @@ class Preparation:
         self.started, self.earlier_seconds = time.monotonic(), progress["seconds"]
         for name, source in progress["sources"].items():
             for split in ("train", "val"):
+                source[split] = dict.fromkeys(("marked", *LEFT_OUT), 0) | source[split]  # earlier versions had fewer
                 path, size = self.path(name, split), 2 * source[split]["tokens"]
                 path.touch()
                 if path.stat().st_size < size:
@@ -156,41 +176,6 @@ class Preparation:
         self.save()
 
 
-@contextlib.contextmanager
-def alone(data_dir: Path):
-    """Hold the directory's lock.
-
-    Raises BadInput if another process holds it for longer than the workers of a killed run need to notice
-    (`follow_parent`): they are forked, so they share its lock.
-    """
-    if os.name == "nt":  # Windows has no flock
-        yield
-        return
-    import fcntl
-
-    def locked() -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # some network drives have no locks
-        return True
-
-    descriptor, deadline = os.open(data_dir, os.O_RDONLY), time.monotonic() + 5
-    try:
-        while not locked():
-            if time.monotonic() > deadline:
-                raise BadInput(f"another prepare.py is at work in {data_dir}; wait for it, or choose another "
-                               f"--data_dir")
-            time.sleep(0.1)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # if we only closed it, workers on their way out would keep it
-        os.close(descriptor)
-
-
 def earlier_progress(data_dir: Path, wanted: dict) -> dict | None:
     """What meta.json or progress.json says. None if there is neither, or one of another recipe without training tokens.
 
@@ -200,8 +185,8 @@ def earlier_progress(data_dir: Path, wanted: dict) -> dict | None:
     if path is None:
         return None
     try:
-        progress = json.loads(path.read_text())
-        if progress["recipe"] == wanted:
+        progress = parse_json(path.read_bytes(), PROGRESS)
+        if progress["recipe"] == wanted and progress["sources"].keys() == wanted["sources"].keys():
             return progress
         if not any(counts["train"]["tokens"] for counts in progress["sources"].values()):
             return None
@@ -213,9 +198,9 @@ def earlier_progress(data_dir: Path, wanted: dict) -> dict | None:
 def first_progress(wanted: dict, vocabulary: Tokenizer) -> dict:
     """The progress of a preparation that has not begun."""
     def nothing():
-        return {"documents": 0, "tokens": 0, "bytes": 0, "dropped_bytes": 0}
+        return dict.fromkeys(("documents", "tokens", "bytes", "dropped_bytes", "marked", *LEFT_OUT), 0)
 
-    sources = {name: {"files": [], "position": [None, 0], "read": 0, "exhausted": False,
+    sources = {name: {"files": [], "stamps": [], "commit": None, "position": [None, 0], "read": 0, "exhausted": False,
                       "train": nothing(), "val": nothing()} for name in wanted["sources"]}
     return {"recipe": wanted, "tokenizer": vocabulary.name, "vocab_size": vocabulary.vocab_size,
             "eos_id": vocabulary.eos_id, "seconds": 0.0, "sources": sources}
@@ -255,6 +240,14 @@ def tokens_left(progress: dict, needed: dict[str, float]) -> int:
                if not counts["exhausted"] and needed[name] < float("inf"))
 
 
+def left_out(counts: dict) -> str:
+    """What documents of a source were left out, and which hold what looks like a special token; "" if none."""
+    words = {"empty": "empty", "copies": "copies of held-out text", "bad_rows": "rows without text, or damaged",
+             "special": "with text that is a special token", "marked": "documents kept that spell out a special token"}
+    found = {words[kind]: counts["train"][kind] + counts["val"][kind] for kind in words}
+    return "".join(f"; {number:,} {kind}" for kind, number in found.items() if number)
+
+
 def report(name: str, progress: dict, needed: dict[str, float]):
     """Print what a source's bins hold."""
     counts = progress["sources"][name]
@@ -262,6 +255,7 @@ def report(name: str, progress: dict, needed: dict[str, float]):
     print(f"  {name:6} {train['tokens']:14,} tokens of {train['documents']:,} documents, {val['tokens']:,} of "
           f"{val['documents']:,} held out; {train['bytes'] / 1e6:,.1f} MB, "
           f"{train['bytes'] / max(1, train['tokens']):.2f} bytes a token, {train['dropped_bytes']:,} bytes dropped"
+          + left_out(counts)
           + ("; the source holds no more" if counts["exhausted"] and needed[name] < float("inf") else "")
           + f"; {clock(progress, needed)}", flush=True)
 
@@ -271,12 +265,16 @@ def fill(config: Config, progress: dict, needed: dict[str, float]):
 
     Raises BadInput if a source has no held-out or no training documents.
     """
-    texts, held_out = {}, {}
+    texts, held_out, notes = {}, {}, {name: Notes(name) for name in config.sources}
     for name, source in config.sources.items():
         texts[name], held_out[name] = embedded_documents(source) if is_embedded(source) else (None, source.held_out)
+        counts = progress["sources"][name]
+        wanted = counts["read"] < held_out[name] or counts["train"]["tokens"] < needed[name]
+        if wanted and not counts["exhausted"] and not is_embedded(source) and is_local(source):
+            notes[name].look(source, counts)  # a mistyped name is found before any work
     online = False
     with (StopRequest(signal.SIGINT) as stop,
-          worker_pool(config.tokenizer, config.tokenizer_segmentation) as pool):
+          worker_pool(config.tokenizer, config.tokenizer_segmentation, config.eos_token) as pool):
         stop.check()
         preparation = Preparation(config.data_dir, progress, stop)
         for split in ("val", "train"):
@@ -286,22 +284,55 @@ def fill(config: Config, progress: dict, needed: dict[str, float]):
                 have, goal = ((counts["read"], held_out[name]) if split == "val" else
                               (counts["train"]["tokens"], needed[name]))
                 if have < goal and not counts["exhausted"]:
-                    open_ = partial(open_dataset, source, texts[name], counts["files"])
-                    chunks = patiently(name, source, open_, counts["position"], online, stop.check)
-                    preparation.write(name, split, tokenized(chunks, pool, source.preserve_linebreaks), goal, unwanted)
+                    open_ = partial(open_stream, source, texts[name], counts, notes[name])
+                    chunks = patiently(name, source, open_, start_of(name, source, counts), online, stop.check,
+                                       notes[name])
+                    preparation.write(name, split, tokenized(chunks, pool, source), goal, unwanted)
                     online = online or is_remote(source)
                 if not counts[split]["tokens"] and (goal or split == "val"):
-                    kind = "held-out" if split == "val" else "training"
-                    raise BadInput(f"source {name} gave no {kind} documents: it has {counts['read']:,}, of which the "
-                                   f"first {held_out[name]:,} are held out (--sources.{name}.held_out)")
+                    raise BadInput(nothing_left(name, source, split, counts, held_out[name]))
                 if split == "train":
                     report(name, progress, needed)
+
+
+def start_of(name: str, source: Source, counts: dict) -> list:
+    """The position from which to read a source. Raises BadInput if it is an earlier version's, and means nothing now.
+
+    An earlier version read all files with the `datasets` library. In files of rows we find the place by counting.
+    """
+    state = counts["position"][0]
+    if state is None or "examples_iterable" not in state or is_remote(source):
+        return counts["position"]
+    if source.sample_by == "paragraph" and any(kind_of(Path(file)) not in ("json", "csv", "parquet")
+                                               for file in counts["files"]):
+        raise BadInput(f"source {name}: its paragraphs are now told apart in another way than when this preparation "
+                       f"began; prepare it anew in another --data_dir")
+    return [None, counts["read"]]
+
+
+def bins_of(progress: dict) -> list[int]:
+    """The length of each bin."""
+    return [counts[split]["tokens"] for counts in progress["sources"].values() for split in ("train", "val")]
+
+
+def nothing_left(name: str, source: Source, split: str, counts: dict, held_out: int) -> str:
+    """What to say of a source without documents to hold out, or to train on."""
+    kind = "held-out" if split == "val" else "training"
+    words = f"source {name} gave no {kind} documents: it has {counts['read']:,}{left_out(counts)}"
+    if split == "train" or not counts["read"]:
+        words += f", of which the first {held_out:,} are held out (--sources.{name}.held_out)"
+    if counts["read"] <= held_out and not is_embedded(source):
+        words += {"paragraph": f"; empty lines separate documents of plain text (or choose --sources.{name}.sample_by)",
+                  "document": "; each file of plain text is one document", "line": ""}[source.sample_by]
+    return words
 
 
 def main(argv: list[str]):
     config = load(argv)
     print(f"preparing {config.data_dir} with {config.tokenizer}", flush=True)  # what follows may wait for the network
-    vocabulary = tokenizer.load(config.tokenizer, config.tokenizer_segmentation)
+    vocabulary = tokenizer.load(config.tokenizer, config.tokenizer_segmentation, config.eos_token)
+    for remark in vocabulary.notes:
+        print(f"  note: {remark}", flush=True)
     if vocabulary.vocab_size > 65536:
         raise BadInput(f"{vocabulary.name} has {vocabulary.vocab_size:,} ids; a bin of uint16 can hold 65,536")
     data_dir = config.data_dir
@@ -310,8 +341,7 @@ def main(argv: list[str]):
     for name, source in config.sources.items():
         if is_embedded(source):  # it is small, so we take all of it, whatever the run needs
             needed[name] = float("inf")
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with alone(data_dir):
+    with checkpoint.alone(data_dir, f"prepare.py is at work in {data_dir}; wait for it, or choose another --data_dir"):
         progress = earlier_progress(data_dir, wanted) or first_progress(wanted, vocabulary)
         enough = all(counts["exhausted"] or counts["train"]["tokens"] >= needed[name]
                      for name, counts in progress["sources"].items())
@@ -319,14 +349,19 @@ def main(argv: list[str]):
             print(f"{data_dir} is complete; delete it to prepare it again")
             return
         announce(config, progress, needed)
-        if meta_path.exists():  # a longer run needs more: go on where it ended
+        complete = meta_path.exists()
+        if complete:  # a longer run needs more: go on where it ended
+            before = meta_path.read_bytes()
             meta_path.replace(progress_path)
         try:
             fill(config, progress, needed)
         except (KeyboardInterrupt, BadInput, OSError, BrokenProcessPool) as error:
             saved = earlier_progress(data_dir, wanted) or first_progress(wanted, vocabulary)  # as the disk has it
             safe = sum(counts["train"]["tokens"] + counts["val"]["tokens"] for counts in saved["sources"].values())
-            if safe:
+            if complete and bins_of(saved) == bins_of(json.loads(before)):  # nothing was added: it is still complete
+                checkpoint.replace(meta_path, before)
+                progress_path.unlink(missing_ok=True)
+            elif safe:
                 print(f"stopped: {safe:,} tokens are safe in {data_dir}; run the same command to go on", flush=True)
             if isinstance(error, BrokenProcessPool):
                 raise BadInput("a worker process has died, as happens when memory runs out; try again") from error

@@ -11,7 +11,9 @@ import importlib
 import io
 import json
 import math
+import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 import checkpoint
 import tokenizer
 from backend import Backend
-from cli import BadInput, brief
+from cli import BadInput, brief, is_count, is_number, misfit, parse_json
 from config import LONG_SPELLINGS, Config, Source
 from data import Batches
 from tokenizer import Tokenizer
@@ -70,15 +72,42 @@ def mixed(losses: dict[str, float], sources: dict[str, Source], meta: dict) -> d
 # Where a run starts
 
 
+def alone(config: Config) -> AbstractContextManager:
+    """A context in which no other process trains in the run's directory. (Of several processes only rank 0 writes.)
+
+    Entering it raises BadInput if one does already: two runs would mix their metrics and their checkpoints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    return checkpoint.alone(config.out_dir, f"train.py is at work in {config.out_dir}; wait for it, stop it, or choose "
+                                            f"another --name")
+
+
+def check_memory(config: Config, device: Backend):
+    """Raise BadInput if this machine cannot hold the model: weights, gradients and two moments, in FP32.
+
+    A GPU has a memory of its own. But the weights are drawn on the CPU.
+    """
+    with torch.device("meta"):  # shapes without numbers
+        needed = Llama(config.model).num_parameters() * (16 if device.device.type == "cpu" else 4)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > there:
+        raise BadInput(f"a model of this shape needs {needed / 1e9:,.0f} GB of memory, and there are "
+                       f"{there / 1e9:,.0f}; choose a smaller --model.hidden_size or --model.num_hidden_layers")
+
+
 def earlier_checkpoint(config: Config) -> Path | None:
     """The checkpoint to resume from, or None to start at step 0. Raises BadInput if that would destroy a run."""
     if not (config.out_dir / "latest").exists():
         return None
     if config.resume:
         step_dir = checkpoint.find(config.out_dir)
-        if "imported_from" in checkpoint.read_state(step_dir):
+        state = checkpoint.read_state(step_dir)
+        if "imported_from" in state:
             raise BadInput(f"{config.out_dir} was imported, so there is nothing to resume; start another run from it: "
                            f"--init_from {config.out_dir} --name another")
+        if wrong := misfit(state, {"config": {"max_steps": is_count}}):
+            raise BadInput(f"{step_dir / 'state.json'} is damaged: {wrong}; choose another step of {config.out_dir}")
         return step_dir
     if config.overwrite:
         return None
@@ -88,10 +117,13 @@ def earlier_checkpoint(config: Config) -> Path | None:
 
 def tokenizer_of(config: Config, meta: dict) -> Tokenizer:
     """The config's tokenizer. Raises BadInput if the data (meta is its meta.json) was prepared with another one."""
-    vocabulary = tokenizer.load(config.tokenizer, config.tokenizer_segmentation)
-    if vocabulary.sha256 != meta["recipe"]["tokenizer"]["sha256"]:
+    vocabulary = tokenizer.load(config.tokenizer, config.tokenizer_segmentation, config.eos_token)
+    if vocabulary.sha256 != meta["recipe"].get("tokenizer", {}).get("sha256"):
         raise BadInput(f"{config.data_dir} was prepared with another vocabulary than {vocabulary.name}; "
                        f"use the same --tokenizer and --tokenizer_segmentation as then")
+    if meta.get("eos_id", vocabulary.eos_id) != vocabulary.eos_id:
+        raise BadInput(f"{config.data_dir} was prepared with the id {meta['eos_id']} after each document, and not "
+                       f"{vocabulary.eos_id}; use --eos_token {meta['eos_id']}, or prepare it again")
     return vocabulary
 
 
@@ -121,10 +153,16 @@ def shaped_like(config: Config, step_dir: Path, vocabulary: Tokenizer) -> Config
     if state.get("tokenizer_sha256") != vocabulary.sha256:
         raise BadInput(f"{step_dir} was trained with another vocabulary than {vocabulary.name}: prepare the data with "
                        f"that one (--tokenizer, and another --data_dir), and train with it")
+    theirs = asdict(checkpoint.read_shape(step_dir, state))
+    ours = ("initializer_range", "scale_residual_init", "fp32_norms", "fp32_blocks")
+    block_size, context = config.block_size, theirs["max_position_embeddings"]
+    if block_size == Config.block_size:  # nobody has chosen it
+        block_size = min(block_size, context)
     try:
-        theirs = asdict(checkpoint.read_shape(step_dir, state))
-        ours = ("initializer_range", "scale_residual_init", "fp32_norms", "fp32_blocks")
-        return replace(config, model=replace(config.model, **{k: v for k, v in theirs.items() if k not in ours}))
+        shaped = replace(config, block_size=block_size,
+                         model=replace(config.model, **{k: v for k, v in theirs.items() if k not in ours}))
+        shaped.check_context()
+        return shaped
     except ValueError as error:
         raise BadInput(f"cannot start from {step_dir}: {error}") from error
 
@@ -152,14 +190,26 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def is_figure(value: Any) -> bool:
+    """Whether it is a number that a run logs; the loss may be NaN."""
+    return isinstance(value, float) or is_number(value)
+
+
+METRICS = {"step": is_count, "train_loss?": is_figure, "learning_rate?": is_figure, "tokens?": is_count,
+           "val_loss?": is_figure, "val_perplexity?": is_figure, "val_bits_per_byte?": is_figure}
+
+
 def read_metrics(path: Path, last_step: int) -> list[dict]:
-    """The lines of metrics.jsonl up to a step. A half-written line of a killed run comes after that step."""
-    metrics = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The lines of metrics.jsonl up to a step.
+
+    The last line may be half-written, if the run was killed. Raises BadInput if another is damaged.
+    """
+    whole, metrics = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []
+    for place, line in enumerate(whole, 1):
         try:
-            metrics.append(json.loads(line))
-        except ValueError:
-            break
+            metrics.append(parse_json(line, METRICS))
+        except ValueError as error:
+            raise BadInput(f"{path}, line {place}, is damaged: {error}; delete that line") from error
     return [m for m in metrics if m["step"] <= last_step]
 
 
@@ -225,7 +275,7 @@ def draw_curves(metrics: list[dict], path: Path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, perplexities = figure.subplots(1, 2)
     train = [m for m in metrics if "train_loss" in m]
-    val = [m for m in metrics if "val_loss" in m]
+    val = [m for m in metrics if "val_loss" in m and "val_perplexity" in m]
     losses.plot([m["step"] for m in train], [m["train_loss"] for m in train], label="training", color="C0", alpha=0.5)
     losses.plot([m["step"] for m in val], [m["val_loss"] for m in val], label="held out", color="C1", marker=".")
     losses.set(title="Loss", xlabel="step", ylabel="nats per token")

@@ -4,7 +4,6 @@ Here are the options, and what is printed: a text while it is being written, a q
 text: generate.py has the loop, choice.py the filters, compiled.py and speculative.py two ways to make it faster.
 """
 
-import json
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 
 import backend
 import checkpoint
-from cli import BadInput, parse, script
+from cli import BadInput, parse, parse_json, script
 from decoding import compiled, speculative
 from decoding.choice import Sampler
 from decoding.generate import clean_prompt, generate, generate_batch, prompt_ids
@@ -90,18 +89,31 @@ class Options:
             raise ValueError("speculative writes one text at a time: leave out --num_samples")
 
 
-def run_quiz(path: Path, model: Llama, vocabulary: Tokenizer):
-    """Continue each prompt of a quiz greedily. Print how often the first word is the answer, with some examples."""
-    try:
-        questions = [json.loads(line) for line in path.read_text().splitlines()]
-        pairs = [(str(question["prompt"]), str(question["answer"])) for question in questions]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not a quiz, lines of {{\"prompt\": ..., \"answer\": ...}}: {error!r}") from error
+def read_quiz(path: Path) -> list[tuple[str, str]]:
+    """The questions and answers of a quiz. Raises BadInput, and names the line, if it is none."""
+    def word(value: object) -> bool:
+        return isinstance(value, (str, int, float))
+
+    pairs = []
+    for place, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            if line.strip(b"\xef\xbb\xbf \t\r"):  # Windows' editors put such a mark at the beginning
+                question = parse_json(line, {"prompt": word, "answer": word})
+                pairs.append((str(question["prompt"]), str(question["answer"])))
+        except ValueError as error:
+            raise BadInput(f"{path} is not a quiz, lines of {{\"prompt\": ..., \"answer\": ...}}: line {place}: "
+                           f"{error}") from error
     if not pairs:
         raise BadInput(f"{path} holds no questions")
+    return pairs
+
+
+def run_quiz(path: Path, model: Llama, vocabulary: Tokenizer):
+    """Continue each prompt of a quiz greedily. Print how often the first word is the answer, with some examples."""
+    pairs = read_quiz(path)
     right, wrong, greedy = [], [], Sampler(vocab_size=vocabulary.vocab_size)
     for prompt, answer in pairs:
-        new_ids = generate(model, prompt_ids(vocabulary, prompt), 8, greedy, vocabulary.eos_id)
+        new_ids = generate(model, prompt_ids(vocabulary, prompt), 8, greedy, vocabulary.ends)
         first_word = (vocabulary.decode(list(new_ids)).split() or [""])[0].rstrip(".,;")
         (right if first_word == answer else wrong).append(f"{prompt} {first_word}")
     print(f"{len(right)} of {len(pairs)} right ({path}).")
@@ -130,9 +142,9 @@ class Writer:
                           options.repetition_penalty, self.generator, self.vocabulary.vocab_size)
         if self.draft is None:
             return generate_batch(self.model, input_ids, options.num_samples, options.max_new_tokens, sampler,
-                                  self.vocabulary.eos_id)
+                                  self.vocabulary.ends)
         ids = speculative.generate(self.model, self.draft, input_ids, options.max_new_tokens, options.draft_tokens,
-                                   sampler, self.vocabulary.eos_id)
+                                   sampler, self.vocabulary.ends)
         return ([token] for token in ids)
 
 
@@ -147,7 +159,7 @@ def respond(options: Options, writer: Writer):
     if options.num_samples > 1:
         note(f"[sample 1 of {options.num_samples}]")
     started, count = time.monotonic(), 0
-    streams = [writer.vocabulary.stream() for _ in range(options.num_samples)]
+    streams = [writer.vocabulary.stream(input_ids) for _ in range(options.num_samples)]
     texts = [""] * options.num_samples
     print(prompt, end="", flush=True)
     for tokens in writer.continuations(options, input_ids):
@@ -178,6 +190,8 @@ def converse(options: Options, writer: Writer):
             line = input("> ")
         except EOFError:
             return print()
+        except RuntimeError:  # Python's word for a stream that was closed before it began
+            raise BadInput("--interactive reads standard input, and that is closed; use --prompt") from None
         try:
             if line.startswith("--"):
                 changed = parse(Options, shlex.split(line), default=replace(options, seed=None))
@@ -208,6 +222,8 @@ def open_model(path: Path | None, options: Options, device: backend.Backend,
     bits = f", {state['bits_per_byte']:.4f} bits per byte held out" if "bits_per_byte" in state else ""
     note(f"[{trained.step_dir}: {trained.model.num_parameters():,} parameters, {state['step']:,} steps{bits}"
          + (f"; curves in {curves}]" if curves.is_file() else "]"))
+    for remark in trained.vocabulary.notes:
+        note(f"[{remark}]")
     model = compiled.narrow(trained.model, options.dtype, options.int8_activations)
     pays_from = compiled.COMPILE_FROM if options.num_samples == 1 else compiled.COMPILE_SEVERAL_FROM
     if options.compile or options.compile is None and options.max_new_tokens >= pays_from:

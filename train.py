@@ -1,11 +1,11 @@
 """Train: python train.py [config/NAME.py] [--field=value ...]
 
-It is one loop; read `main` from top to bottom. A run stops when it is done, at --max_minutes, on Ctrl-C or on SIGTERM.
-It always saves a checkpoint, and `--resume` goes on from there as if it had never stopped: on one CPU, bit for bit.
+It is one loop; read `train` from top to bottom. A run stops when it is done, at --max_minutes, on Ctrl-C or SIGTERM,
+and when its terminal goes away. It always saves a checkpoint, and `--resume` goes on from there as if it had never
+stopped: on one CPU, bit for bit.
 """
 
 import math
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,21 @@ import torch
 import backend
 import checkpoint
 import quant_t4
-from cli import StopRequest, script
+from cli import STOP_SIGNALS, BadInput, StopRequest, brief, script
 from config import Config, load
 from data import Batches, read_meta
 from model import Llama
-from run import Journal, as_json, changes, held_out_losses, mixed, starting_point, tokenizer_of
+from run import (
+    Journal,
+    alone,
+    as_json,
+    changes,
+    check_memory,
+    held_out_losses,
+    mixed,
+    starting_point,
+    tokenizer_of,
+)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -93,7 +103,10 @@ def restore(model: Llama, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gr
     if resumed:
         state |= checkpoint.load(resumed, model, optimizer)
         if state.get("scaler") and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
+            try:
+                scaler.load_state_dict(state["scaler"])
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise BadInput(f"{resumed / 'state.json'} is damaged: its scaler: {brief(error)}") from error
     return state
 
 
@@ -179,17 +192,16 @@ class Progress:
         self.time = time.monotonic()
 
 
-@backend.one_of_several
-def main(argv: list[str]) -> int:
+def train(asked: Config) -> int:
     # Set up. What are we asked to run, on which device, and which checkpoint do we go on from?
     started = time.monotonic()
-    asked = load(argv)
     meta = read_meta(asked)
     vocabulary = tokenizer_of(asked, meta)
     device = backend.pick(asked.backend, asked.dtype)
     config, resumed, beginning = starting_point(asked, vocabulary)
 
     # Build the model and its optimizer, then load the checkpoint over them.
+    check_memory(config, device)
     torch.manual_seed(config.seed)
     model = Llama(config.model).to(device.device)  # FP32 weights, drawn from the seed
     counts = quant_t4.apply_t4_recipe(model, config.int8_linears)  # no INT8 linears unless the config names some
@@ -216,9 +228,9 @@ def main(argv: list[str]) -> int:
     compiled = step_model is not model or device.compiles_steps
     parallel_model = device.parallel(step_model, optimizer)
 
+    stop = StopRequest(*STOP_SIGNALS, insistent=device.world_size == 1)
     announce(plan, model, recipe, compiled, resumed=state if resumed else None)
     journal = Journal(plan.config, state["step"]) if device.rank == 0 else None  # of all processes only rank 0 writes
-    stop = StopRequest(signal.SIGINT, signal.SIGTERM, insistent=device.world_size == 1)
     progress = Progress(plan, model, optimizer, scaler, state["step"])
     step, earlier_seconds, stopping = state["step"], state["seconds"], None
     device.end_step()
@@ -275,7 +287,7 @@ def main(argv: list[str]) -> int:
             plan.fit(step, seconds)
             best = evaluating and val["loss"] < state["best_loss"]
             state |= {"step": step, "seconds": seconds, "best_loss": val["loss"] if best else state["best_loss"],
-                      "config": as_json(plan.config), "tokenizer_sha256": vocabulary.sha256,
+                      "config": as_json(plan.config), "tokenizer_sha256": vocabulary.sha256, **vocabulary.delimiters,
                       "scaler": scaler.state_dict(), "train_tokens": plan.tokens}
             if device.rank == 0:
                 checkpoint.save(config.out_dir, model, optimizer, state, best, config.keep_checkpoints)
@@ -292,6 +304,13 @@ def main(argv: list[str]) -> int:
         print(f"trained {step:,} steps in {minutes:.1f} minutes: best held-out loss {state['best_loss']:.4f}; "
               f"{config.out_dir}/curves.png shows the curves")
     return 0
+
+
+@backend.one_of_several
+def main(argv: list[str]) -> int:
+    config = load(argv)
+    with alone(config):
+        return train(config)
 
 
 if __name__ == "__main__":

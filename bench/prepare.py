@@ -22,7 +22,7 @@ import tokenizer
 from bench import DOCUMENT, ROOT, Row, Table, TimedOptions, documents, megabytes
 from cli import BadInput
 from config import Source
-from sources.streams import clean_text, open_dataset, read
+from sources.streams import Notes, clean_text, open_stream, read
 from sources.workers import WORKERS
 from tokenizer import Tokenizer
 
@@ -158,7 +158,10 @@ def stages(case: Case, shard: Path, vocabulary: Tokenizer) -> list[Row]:
         return result
 
     def chunks() -> list[list[str]]:
-        return [texts for texts, _, _ in read(open_dataset(source, None, []), "text", [None, 0])]
+        notes = Notes("shard")
+        notes.say = lambda words: None
+        stream = open_stream(source, None, {"files": []}, notes)
+        return [texts for texts, _, _ in read(stream, source, [None, 0], notes)]
 
     chunks()  # imports are not counted
     texts = stage("read Parquet", chunks)

@@ -7,6 +7,7 @@ where they come from. `load` takes the defaults from such a file, and the comman
 """
 
 import copy
+import math
 import re
 import runpy
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from cli import BadInput, parse
 from model import ModelConfig
 
 QUICKSTART = Path(__file__).with_name("quickstart.py")
+FILE_READERS = ("text", "json", "csv", "parquet", "arrow", "pandas", "xml", "hdf5", "webdataset")  # of `datasets`
+MOST_SEQUENCES = 2**28  # in a run: their order takes 9 bytes each
+MOST_TOKENS = 2**26  # in a forward pass
 LONG_SPELLINGS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # of a dtype, in older configs
 
 
@@ -25,8 +29,8 @@ class Source:
     """A stream of documents and its share of the training mixture."""
 
     dataset: str
-    """Where the text is: a dataset of the Hugging Face hub ("owner/name"); parquet, json or text with data_files; or
-    embedded text, library:docs, library:code or library:arithmetic (sources/embedded.py)."""
+    """Where the text is: a dataset of the Hugging Face hub ("owner/name"); a folder; text, json, csv or parquet with
+    data_files; or embedded text, library:docs, library:code or library:arithmetic (sources/embedded.py)."""
     ratio: float = 1.0
     """Share of the training tokens."""
     anneal_ratio: float | None = None
@@ -43,6 +47,11 @@ class Source:
     """Column that holds the documents."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
     """What a document is in files of plain text: a line, a paragraph between blank lines, or a whole file."""
+    bad_rows: Literal["skip", "refuse"] = "skip"
+    """What to do with a row that holds no text, or is damaged: count it and go on, or stop there."""
+    special_tokens: Literal["text", "drop", "refuse"] = "text"
+    """What to do with a document that spells out a special token of the vocabulary, such as </s>: take it for the text
+    that it is, count the document and go on without it, or stop there."""
     held_out: int = 100
     """Documents to hold out, from the start of the stream. (Embedded text is held out by file instead.)"""
 
@@ -51,7 +60,7 @@ class Source:
         if self.anneal_ratio is None:
             self.anneal_ratio = self.ratio
         self.data_files = (self.data_files,) if isinstance(self.data_files, str) else tuple(self.data_files)
-        if self.dataset in ("parquet", "json", "text") and not self.data_files:
+        if self.dataset in FILE_READERS and not self.data_files:  # `datasets` would take those of the current directory
             raise ValueError(f"the source {self.dataset} needs data_files, the files to read")
         if self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be at least 1")
@@ -70,6 +79,9 @@ class Config:
     tokenizer_segmentation: Literal["exact", "portable"] = "exact"
     """How a .vocab file cuts up text: by TokenMonster's own search, or by that of a tokenizer.json made from it, which
     other programs have too (tokenizer/portable.py)."""
+    eos_token: str | None = None
+    """Token, or its id, that follows each document (of a tokenizer.json). If None, what config.json or
+    special_tokens_map.json beside it says, or else a token of a usual name (tokenizer/delimiters.py)."""
     sources: dict[str, Source] = field(default_factory=dict)
     """The mixture: a bin for each source."""
     anneal_fraction: float = 0.15
@@ -158,25 +170,40 @@ class Config:
         for name in ("learning_rate", "eps", "max_grad_norm", "train_minutes", "max_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:  # written like this, it refuses NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be more than 0")
+            if getattr(self, name) == math.inf and name != "max_grad_norm":
+                raise ValueError(f"{name} is infinite; it must be a number")
         for name in ("anneal_fraction", "warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must not be negative")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be a number, and not negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and {2**32 - 1}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; each must be at least 0 and less than 1")
         if self.tokens_per_step % self.block_size:
             raise ValueError(f"tokens_per_step {self.tokens_per_step} is not a multiple of "
                              f"block_size {self.block_size}")
-        if self.block_size > self.model.max_position_embeddings:
-            raise ValueError(f"block_size {self.block_size} is more than the model's context, "
-                             f"model.max_position_embeddings {self.model.max_position_embeddings}")
+        if self.max_steps * self.sequences_per_step > MOST_SEQUENCES:
+            raise ValueError(f"max_steps {self.max_steps} of {self.sequences_per_step} sequences each are too many: "
+                             f"{MOST_SEQUENCES} sequences are the most; choose fewer steps, or a larger block_size")
+        if self.micro_batch_size * self.block_size > MOST_TOKENS:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is more than memory can hold; {MOST_TOKENS} "
+                             f"tokens in one forward pass are the most")
+        if not self.init_from:  # with it the shape is that of a checkpoint, which is read later
+            self.check_context()
         for kind in ("ratio", "anneal_ratio"):
             ratios = [getattr(source, kind) for source in self.sources.values()]
-            if ratios and (min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6):
+            if ratios and not (all(ratio >= 0 for ratio in ratios) and abs(sum(ratios) - 1) <= 1e-6):  # refuses NaN too
                 raise ValueError(f"the {kind} of the sources are {ratios}; they must not be negative, and sum to 1")
         if self.train_minutes and self.schedule != "wsd":
             raise ValueError("train_minutes needs --schedule wsd: a cosine must know its length from the start")
+
+    def check_context(self):
+        """Raise ValueError if a training sequence is longer than the model's context."""
+        if self.block_size > self.model.max_position_embeddings:
+            raise ValueError(f"block_size {self.block_size} is more than the model's context, "
+                             f"model.max_position_embeddings {self.model.max_position_embeddings}")
 
     @property
     def out_dir(self) -> Path:

@@ -6,7 +6,7 @@ choice.py chooses a token from the logits; compiled.py makes a step fast.
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -72,34 +72,39 @@ class Reader:
 
 @torch.no_grad()
 def generate_batch(model: Llama, input_ids, num_samples: int, max_new_tokens: int, sampler: Sampler = GREEDY,
-                   eos_id: int | None = None) -> Iterator[list[int | None]]:
+                   eos_id: int | Collection[int] | None = None) -> Iterator[list[int | None]]:
     """Write num_samples texts that begin with input_ids (T,), a list or tensor. Yields the next id of each, as a list.
 
-    After eos_id a text yields None, until all texts have ended or max_new_tokens have come. A text that outgrows the
-    context goes on from its newest half. Raises ValueError for an empty prompt.
+    After eos_id (or one of several) a text yields None, until all texts have ended or max_new_tokens have come. A text
+    that outgrows the context goes on from its newest half. Raises ValueError for an empty prompt.
     """
     prompt = as_ids(input_ids)
     reader, texts = Reader(model), [list(prompt) for _ in range(num_samples)]
     seen = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool, device=reader.device)
     seen[:, prompt] = True
-    ended = set()
+    ended, ends = set(), end_ids(eos_id)
     for _ in range(max_new_tokens):
         for text, token in zip(texts, reader.choose(texts, sampler, seen).tolist()):
             text.append(token)
-        ended |= {row for row, text in enumerate(texts) if text[-1] == eos_id}
+        ended |= {row for row, text in enumerate(texts) if text[-1] in ends}
         if len(ended) == num_samples:
             return
         yield [None if row in ended else text[-1] for row, text in enumerate(texts)]
 
 
 def generate(model: Llama, input_ids, max_new_tokens: int, sampler: Sampler = GREEDY,
-             eos_id: int | None = None) -> Iterator[int]:
+             eos_id: int | Collection[int] | None = None) -> Iterator[int]:
     """Yield up to max_new_tokens ids that follow input_ids (T,), one at a time, until eos_id comes up.
 
     Raises ValueError for an empty prompt.
     """
     for [token] in generate_batch(model, input_ids, 1, max_new_tokens, sampler, eos_id):
         yield token
+
+
+def end_ids(eos_id: int | Collection[int] | None) -> set[int]:
+    """The ids that end a text: none, one or several."""
+    return set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -113,5 +118,14 @@ def clean_prompt(prompt: str) -> str:
 
 
 def prompt_ids(vocabulary: Tokenizer, prompt: str) -> list[int]:
-    """The token ids of a prompt, after the end-of-document id: in the training data every document follows one."""
-    return [vocabulary.eos_id, *vocabulary.encode(clean_prompt(prompt)).tolist()]
+    """The token ids of a prompt, after the end-of-document id: in the training data every document follows one.
+
+    (The documents of an imported model may begin with an id of their own instead.)
+    """
+    return [vocabulary.bos_id, *vocabulary.encode(clean_prompt(prompt)).tolist()]
+
+
+def continuation(vocabulary: Tokenizer, before: list[int], ids: list[int]) -> str:
+    """The text of ids that follow others. Decoded alone, many a tokenizer's first word would lose its space."""
+    stream = vocabulary.stream(before)
+    return "".join([stream.push(token) for token in ids]) + stream.finish()

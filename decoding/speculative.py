@@ -13,13 +13,13 @@ The guesses come from a smaller model, or from the text itself: what came after 
 occurred (prompt lookup, Saxena 2023). Such a guess is certain: its q is 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from decoding.choice import GREEDY, Sampler, draw
-from decoding.generate import Reader, as_ids
+from decoding.generate import Reader, as_ids, end_ids
 from model import Llama
 
 
@@ -62,7 +62,7 @@ class Lookup:
 
 @torch.no_grad()
 def generate(model: Llama, draft: Llama | str, input_ids, max_new_tokens: int, draft_tokens: int = 4,
-             sampler: Sampler = GREEDY, eos_id: int | None = None) -> Iterator[int]:
+             sampler: Sampler = GREEDY, eos_id: int | Collection[int] | None = None) -> Iterator[int]:
     """As generate.generate, but `draft` guesses draft_tokens at a time: a model with the same vocabulary, or "lookup".
 
     If greedy, the ids are those of generate.generate, unless rounding breaks a tie. Otherwise they have the same
@@ -71,7 +71,7 @@ def generate(model: Llama, draft: Llama | str, input_ids, max_new_tokens: int, d
     ids = as_ids(input_ids)
     vocab_size = sampler.vocab_size or model.config.vocab_size
     drafter = Lookup(vocab_size) if draft == "lookup" else Draft(draft, sampler, vocab_size)
-    reader, end = Reader(model), len(ids) + max_new_tokens
+    reader, end, ends = Reader(model), len(ids) + max_new_tokens, end_ids(eos_id)
     seen = torch.zeros(vocab_size, dtype=torch.bool)
     seen[ids] = True
     while len(ids) < end:
@@ -89,7 +89,7 @@ def generate(model: Llama, draft: Llama | str, input_ids, max_new_tokens: int, d
                 missing = (p - q[place]).clamp(min=0)
                 weights = missing if missing.any() else p  # nothing is missing if p equals q up to rounding
                 token = int(draw(weights[None], sampler.chance(1)))
-            if token == eos_id:
+            if token in ends:
                 return
             ids.append(token)
             seen[token] = True

@@ -12,7 +12,7 @@ import torch
 
 from checkpoint import Trained, run_dir
 from decoding.choice import Sampler
-from decoding.generate import generate, prompt_ids
+from decoding.generate import continuation, generate, prompt_ids
 from model import Llama
 from run import duration, read_metrics
 from sizing import count_parameters, memory_table
@@ -106,8 +106,9 @@ def samples(model: Llama, vocabulary: Tokenizer) -> str:
     for prompt in PROMPTS:
         sampler = Sampler(temperature=0.8, top_p=0.9, repetition_penalty=1.1,
                           generator=torch.Generator().manual_seed(0), vocab_size=vocabulary.vocab_size)
-        ids = list(generate(model, prompt_ids(vocabulary, prompt), 80, sampler, vocabulary.eos_id))
-        text = "".join(c if c.isprintable() or c == "\n" else " " for c in vocabulary.decode(ids))
+        before = prompt_ids(vocabulary, prompt)
+        text = continuation(vocabulary, before, list(generate(model, before, 80, sampler, vocabulary.ends)))
+        text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
         blocks.append(f"Prompt: {f'`{prompt}`' if prompt else 'none (a new document)'}\n\n"
                       + textwrap.indent(prompt + text, "    ", lambda line: True))
     return "\n\n".join(blocks)
@@ -154,7 +155,7 @@ def history(step_dir: Path, state: dict) -> str:
     """Held-out loss, perplexity and bits per byte over the run up to this checkpoint; "" if nothing was measured."""
     run = run_dir(step_dir)
     metrics = read_metrics(run / "metrics.jsonl", state["step"])
-    evaluations = [entry for entry in metrics if "val_loss" in entry]
+    evaluations = [entry for entry in metrics if {"val_loss", "val_perplexity", "val_bits_per_byte"} <= entry.keys()]
     if not evaluations:
         return ""
     kept = evaluations[::-1][::-(-len(evaluations) // ROWS)][::-1]  # evenly spaced, the last one included

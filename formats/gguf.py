@@ -12,7 +12,6 @@ A model that learnt with TokenMonster's own search also writes delete marks, whi
 0x7F, and the space after it.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from cli import BadInput
 from model import Llama
 from tokenizer import Tokenizer, TokenMonster, portable
+from tokenizer.huggingface import parts
 
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}  # llama.cpp's names for our types
 NORMAL, CONTROL, BYTE = 1, 3, 6  # llama.cpp's kinds of tokens
@@ -53,30 +53,63 @@ def is_text(piece: bytes) -> bool:
         return False
 
 
-def unigram(vocabulary: Tokenizer) -> tuple[list[bytes], list[float]]:
-    """The bytes and the score of each id in the portable segmentation.
+def why_not(made: dict) -> str | None:
+    """Why llama.cpp's "t5" would give other ids than a tokenizer.json; None if it gives the same.
 
-    Raises BadInput for a tokenizer.json that portable.py did not make.
+    It does if the file is one that portable.py writes. It cannot split a text beforehand or put a space before it as
+    the library does, and it adds scores in single precision, so they must be such that no sum is rounded.
+    """
+    model = made["model"]
+    if model.get("type") != "Unigram":
+        return f"a {model.get('type', 'model of an unknown type')}"
+    before = [*parts(made.get("pre_tokenizer"))]
+    types = [part["type"] for part in before]
+    if types not in (["ByteLevel"], ["Sequence", "Split", "ByteLevel"]):
+        return f"a Unigram with the pre_tokenizer {' + '.join(types) or 'null'}"
+    for option, default in (("add_prefix_space", True), ("use_regex", True)):
+        if before[-1].get(option, default):
+            return f"a Unigram whose ByteLevel has {option}"
+    for part in parts(made.get("normalizer")):
+        if part["type"] not in ("Sequence", "NFD", "Replace"):
+            return f"a Unigram with the normalizer {part['type']}"
+    if any(4096 * score % 1 for _, score in model["vocab"]):
+        return "a Unigram with scores that single precision rounds"
+    return "a Unigram with byte_fallback" if model.get("byte_fallback") else None
+
+
+def unigram(vocabulary: Tokenizer) -> tuple[list[bytes], list[float], dict[int, bytes]]:
+    """The bytes and the score of each id in the portable segmentation, and the names of special tokens but the end's.
+
+    Raises BadInput for a tokenizer.json of which llama.cpp would make other ids.
     """
     if isinstance(vocabulary, TokenMonster):
-        return portable.pieces(vocabulary, lossless=False)
-    made = json.loads(vocabulary.data)
-    if made["model"]["type"] != "Unigram" or "ByteLevel" not in json.dumps(made["pre_tokenizer"]):
-        raise BadInput(f"the tokenizer of {vocabulary.name} is a {made['model']['type']}, which we cannot write to "
-                       f"GGUF; use --format hf, and llama.cpp's convert_hf_to_gguf.py on that")
+        return *portable.pieces(vocabulary, lossless=False), {}
+    made = vocabulary.spec
+    if reason := why_not(made):
+        raise BadInput(f"the tokenizer of {vocabulary.name} is {reason}, of which llama.cpp would make other tokens; "
+                       f"use --format hf, and llama.cpp's convert_hf_to_gguf.py on that")
     value = {character: byte for byte, character in enumerate(portable.CHARACTERS)}
     names, scores = zip(*made["model"]["vocab"])
-    pieces = [b"" if token == vocabulary.eos_id else bytes(value[c] for c in name) for token, name in enumerate(names)]
-    return pieces, list(scores)
+    special = {token: name.encode() for token, name in vocabulary.special.items()
+               if token != vocabulary.eos_id and token < len(names)}
+    pieces = []
+    for token, name in enumerate(names):
+        if token != vocabulary.eos_id and token not in special and not value.keys() >= set(name):
+            raise BadInput(f"the tokenizer of {vocabulary.name} has the token {name!r}, which does not stand for "
+                           f"bytes, as llama.cpp needs it; use --format hf")
+        pieces.append(b"" if token == vocabulary.eos_id or token in special else bytes(value[c] for c in name))
+    return pieces, list(scores), special
 
 
 def token_table(vocabulary: Tokenizer, rows: int) -> tuple[list[bytes], list[float], list[int], int]:
     """Text, score and kind of each of the model's rows, and the id of the unknown token."""
-    pieces, scores = unigram(vocabulary)
+    pieces, scores, special = unigram(vocabulary)
     texts, kinds = [], []
     for token, piece in enumerate(pieces):
         if token == vocabulary.eos_id:
             text, kind = portable.END_OF_DOCUMENT.encode(), CONTROL
+        elif token in special:
+            text, kind = special[token], CONTROL
         elif is_text(piece):
             text, kind = piece.replace(b" ", "\u2581".encode()), NORMAL  # llama.cpp's sign for a space
         elif len(piece) == 1:
@@ -122,7 +155,8 @@ def write_gguf(folder: Path, model: Llama, name: str, vocabulary: Tokenizer, dty
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+    writer.add_bos_token_id(vocabulary.bos_id)
+    for add in (writer.add_eos_token_id, writer.add_pad_token_id):
         add(vocabulary.eos_id)
     writer.add_unk_token_id(unknown)
     writer.add_add_bos_token(True)  # as in training, a text follows the end of another

@@ -7,6 +7,7 @@ if it is installed, and compared with the model.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from safetensors.torch import save as to_bytes
 
 import checkpoint
 import tokenizer
-from cli import BadInput
+from cli import BadInput, misfit
 from formats import peers
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, TokenizerJson, TokenMonster, portable
@@ -78,21 +79,37 @@ def remote_code() -> str:
     return f"{before}# {'-' * 77}\n# tokenmonster.py\n\n{whole}\n\n# {'-' * 77}\n# transformers\n{after}"
 
 
-def write_vocabulary(folder: Path, vocabulary: Tokenizer) -> str:
-    """Write the vocabulary's file. Returns its name."""
+def write_vocabulary(folder: Path, vocabulary: Tokenizer, whole: bool = False) -> str:
+    """Write the vocabulary's file, as it was or `whole` (with a decoder that it lacked). Returns its name."""
     name = "tokenmonster.vocab" if isinstance(vocabulary, TokenMonster) else "tokenizer.json"
-    (folder / name).write_bytes(vocabulary.data)
+    (folder / name).write_bytes(vocabulary.whole() if whole and name == "tokenizer.json" else vocabulary.data)
     return name
 
 
-def write_tokenizer(folder: Path, vocabulary: Tokenizer, context: int):
-    """Write the files from which AutoTokenizer makes this tokenizer. `context` is the model's, in tokens.
+def is_id(value: Any) -> bool:
+    """Whether a config.json may have it as the id of a token: one, several or none."""
+    return value is None or type(value) is int or isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def special_ids(vocabulary: Tokenizer, state: dict) -> dict[str, int | list[int] | None]:
+    """The ids of begin, end and padding for a config.json: those that an imported model came with, or else our one."""
+    ours = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": vocabulary.eos_id}
+    theirs = state.get("special_tokens")
+    if theirs is None or misfit(theirs, dict.fromkeys(ours, is_id)):
+        return ours
+    known = [token for ids in theirs.values() for token in (ids if isinstance(ids, list) else [ids])]
+    return {key: theirs[key] for key in ours} if vocabulary.eos_id in known else ours
+
+
+def write_tokenizer(folder: Path, vocabulary: Tokenizer, context: int, special: dict):
+    """Write the files from which AutoTokenizer makes this tokenizer. `context` is the model's, in tokens; `special` are
+    its `special_ids`.
 
     Never put both kinds in one folder: with trust_remote_code transformers would silently take the exact one, and
     without it the other, whose ids differ.
     """
     eos = portable.END_OF_DOCUMENT if isinstance(vocabulary, TokenMonster) else vocabulary.eos_token
-    write_vocabulary(folder, vocabulary)
+    write_vocabulary(folder, vocabulary, whole=True)
     settings = {"bos_token": eos, "eos_token": eos, "pad_token": eos, "model_max_length": context,
                 "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
     if isinstance(vocabulary, TokenMonster):
@@ -104,6 +121,9 @@ def write_tokenizer(folder: Path, vocabulary: Tokenizer, context: int):
                      "added_tokens_decoder": {str(vocabulary.eos_id): special}}
     else:
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for kind in ("bos", "eos", "pad"):
+            ids = special[f"{kind}_token_id"]
+            settings[f"{kind}_token"] = vocabulary.name_of(next(iter(ids), None) if isinstance(ids, list) else ids)
     write_json(folder / "tokenizer_config.json", settings)
 
 
@@ -112,13 +132,14 @@ def weights(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}
 
 
-def write_settings(folder: Path, model: Llama, vocabulary: Tokenizer, dtype: torch.dtype):
-    """Write config.json, generation_config.json and the tokenizer."""
-    config = llama_config(model.config, vocabulary.eos_id, dtype)
+def write_settings(folder: Path, model: Llama, vocabulary: Tokenizer, dtype: torch.dtype, state: dict | None = None):
+    """Write config.json, generation_config.json and the tokenizer. `state` is the checkpoint's, if it has one."""
+    special = special_ids(vocabulary, state or {})
+    config = llama_config(model.config, vocabulary.eos_id, dtype) | special
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {name: config[name] for name in (
         "bos_token_id", "eos_token_id", "pad_token_id")})
-    write_tokenizer(folder, vocabulary, model.config.max_position_embeddings)
+    write_tokenizer(folder, vocabulary, model.config.max_position_embeddings, special)
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]):
@@ -143,14 +164,18 @@ def check(folder: Path, model: Llama, vocabulary: Tokenizer) -> str:
         return "names and shapes checked; pip install transformers, and its logits are compared too"
     loaded = peers.load_tokenizer(str(folder), trust_remote_code=True)  # our own code, written a moment ago
     ids, wanted = loaded(SAMPLE, add_special_tokens=False)["input_ids"], vocabulary.encode(SAMPLE).tolist()
-    if ids != wanted or loaded.decode(ids) != vocabulary.decode(wanted):
-        raise BadInput(f"transformers {peers.library().__version__} makes other tokens of a text than "
-                       f"{vocabulary.name} does")
+    version = peers.library().__version__
+    if ids != wanted:
+        raise BadInput(f"transformers {version} makes other tokens of a text than {vocabulary.name} does")
+    # Ours leaves out special tokens, of which [UNK] may be one.
+    text = loaded.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if text != vocabulary.decode(wanted):
+        raise BadInput(f"transformers {version} makes another text of tokens than {vocabulary.name} does")
     return found
 
 
-def write_hf(folder: Path, model: Llama, vocabulary: Tokenizer, dtype: torch.dtype) -> str:
+def write_hf(folder: Path, model: Llama, vocabulary: Tokenizer, dtype: torch.dtype, state: dict | None = None) -> str:
     """Write a folder that transformers loads, and check it. Returns the result in words."""
-    write_settings(folder, model, vocabulary, dtype)
+    write_settings(folder, model, vocabulary, dtype, state)
     write_tensors(folder, weights(model, dtype))
     return check(folder, model, vocabulary)

@@ -4,7 +4,7 @@ Whatever goes wrong while loading, in whatever library, becomes one line. A `Pee
 decoding/ can write with it and eval.py can measure it. A `PeerTokenizer` has the face of our tokenizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ import torch
 from cli import BadInput, brief
 from model import Llama
 from tokenizer import Tokenizer
-from tokenizer.huggingface import WholeTextStream
+from tokenizer.huggingface import TextStream
 
 TOLERANCE = 1e-4  # largest difference of a logit between our model and the same one in transformers, both in FP32
 Result = TypeVar("Result")
@@ -57,16 +57,37 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return loading(name, library().AutoTokenizer.from_pretrained, name, **where(name, trust_remote_code))
 
 
+def our_attention(load: Callable[..., Result]) -> Callable[..., Result]:
+    """The same loader of a model, with PyTorch's own attention, or the plain one if the model knows no other.
+
+    If we named none, config.json would: it may name a repository, from which transformers loads a kernel and runs it.
+    """
+    def load_it(*arguments: Any, **options: Any) -> Result:
+        try:
+            return load(*arguments, attn_implementation="sdpa", **options)
+        except ValueError as error:
+            if not any(word in str(error) for word in ("scaled_dot_product_attention", "sdpa")):
+                raise
+        return load(*arguments, attn_implementation="eager", **options)
+
+    return load_it
+
+
 def load_model(name: str, trust_remote_code: bool = False) -> Any:
     """The causal model of a folder, or of OWNER/NAME on the hub, in FP32. Raises BadInput if it cannot be loaded."""
-    load = library().AutoModelForCausalLM.from_pretrained
-    return loading(name, load, name, **where(name, trust_remote_code)).float().eval()
+    config, options = load_config(name, trust_remote_code), where(name, trust_remote_code)
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:  # padding without a row
+        config.pad_token_id = None
+    load = our_attention(library().AutoModelForCausalLM.from_pretrained)
+    return loading(name, load, name, config=config, **options).float().eval()
 
 
 def count_parameters(config: Any, name: str, trust_remote_code: bool = False) -> int:
     """The number of parameters of the model that a transformers config describes. The model itself is not built."""
     with torch.device("meta"):  # shapes without numbers
-        shape = loading(name, library().AutoModelForCausalLM.from_config, config, trust_remote_code=trust_remote_code)
+        shape = loading(name, our_attention(library().AutoModelForCausalLM.from_config), config,
+                        trust_remote_code=trust_remote_code)
     return shape.num_parameters()
 
 
@@ -84,6 +105,7 @@ class PeerTokenizer(Tokenizer):
         self.eos_id = theirs.eos_token_id if theirs.eos_token_id is not None else theirs.bos_token_id
         if self.eos_id is None:
             raise BadInput(f"{name} has no token to put between documents")
+        self.bos_id = self.eos_id
 
     def encode_counted(self, text: str) -> tuple[np.ndarray, int]:
         ids = self._theirs(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -92,8 +114,8 @@ class PeerTokenizer(Tokenizer):
     def decode(self, ids: list[int] | np.ndarray) -> str:
         return self._theirs.decode(self._checked(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def stream(self) -> WholeTextStream:
-        return WholeTextStream(self)
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        return TextStream(self, before)
 
 
 class Past:

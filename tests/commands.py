@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 def start_python(*arguments, cwd, **options):
     """Start Python with these arguments; its output is collected as text."""
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}, **options)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, text=True,
+                            env={**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}, **streams | options)
 
 
 def start(script, *arguments, cwd, **options):

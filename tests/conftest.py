@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cli import script
+from cli import STOP_SIGNALS, script
 from tests.commands import run
 
 # The threads of a process that is started here sleep while they wait for each other: where they spin, busy cores make
@@ -29,8 +29,8 @@ def rng():
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """The scripts answer Ctrl-C and SIGTERM; after a test they are pytest's again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """The scripts answer Ctrl-C, SIGTERM and SIGHUP; after a test they are pytest's again."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

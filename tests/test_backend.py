@@ -1,6 +1,8 @@
 """backend.py: what it decides for devices that are not here, from what torch says of them; and attention, which is the
 same function by each of its kernels."""
 import sys
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import backend
 from backend import chunked_attention, expand_heads, fitting_attention, takes_grouped_heads
 from bench.t4 import choices
 from cli import BadInput
-from model import causal_attention
+from model import Llama, ModelConfig, causal_attention
 
 
 @pytest.fixture
@@ -196,3 +198,33 @@ def test_the_bench_tells_what_a_gpu_will_choose():
     assert "flash" in h200["attention of the inner blocks"]
     assert "memory-efficient" in t4["attention of the FP32 blocks"] == h200["attention of the FP32 blocks"]
     assert "_int_mm" in t4["INT8 products"] and "fake" in dict(choices((6, 0)))["INT8 products"]
+
+
+def test_a_compiled_backward_pass_keeps_fp32_blocks(monkeypatch):
+    """Its products, counted by type in the program: those of an FP32 block are FP32, as in eager mode."""
+    tracing = pytest.importorskip("torch._functorch.config")
+    if not hasattr(tracing, "backward_pass_autocast"):
+        pytest.skip("torch before 2.9 has no such setting")
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    monkeypatch.setattr(tracing, "backward_pass_autocast", "same_as_forward")  # torch's default
+    products, programs, compile_ = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default), [], torch.compile
+
+    def pass_on(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    def note(graph, inputs):
+        programs.append(Counter(node.args[0].meta["val"].dtype for node in graph.graph.nodes
+                                if node.target in products))
+        return pass_on(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend=aot_autograd(
+        fw_compiler=pass_on, inference_compiler=pass_on, bw_compiler=note)))
+    torch._dynamo.reset()
+    model = Llama(ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                              num_attention_heads=2, max_position_embeddings=8, fp32_blocks=(0,)))
+    device, ids = backend.pick("cpu", "bf16"), torch.randint(64, (2, 8))
+    model.run_with(device.attention())
+    assert device.compile(model, (ids, ids), (ids, ids)) is not model
+    # Seven linears in a block, each with a gradient of its input and one of its weight; and the head.
+    assert programs == [{torch.float32: 14, torch.bfloat16: 16}]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import backend
 import checkpoint
@@ -234,6 +234,96 @@ def test_moments_of_another_model(rng, tmp_path):
     smaller = save(tmp_path / "smaller", *trained(num_hidden_layers=1, fp32_blocks=()))
     shutil.copy(smaller / "optimizer.safetensors", step_dir)
     refused(lambda: checkpoint.load(step_dir, *trained()), "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors, name: tensors.clear(), lambda tensors, name: tensors.pop(name),
+    lambda tensors, name: tensors.update({name: torch.zeros(1)}),
+    lambda tensors, name: tensors.update({name: tensors[name].double().flatten()[:1].expand(3, 2).contiguous()}),
+    lambda tensors, name: tensors.update(nothing=torch.zeros(2)),
+    lambda tensors, name: tensors.update({"exp_avg.nothing": torch.zeros(2)}),
+    lambda tensors, name: tensors.update({f"max_{name}": tensors.pop(name)})])
+def test_exactly_the_moments_of_the_model(rng, tmp_path, change):
+    """A file without tensors, or with one too many, too few or of another shape, does not resume."""
+    step_dir = save(tmp_path, *trained())
+    tensors = load_file(step_dir / "optimizer.safetensors")
+    change(tensors, rng.choice([name for name in tensors if name.startswith("exp_avg")]))
+    save_file(tensors, step_dir / "optimizer.safetensors")
+    refused(lambda: checkpoint.load(step_dir, *trained()), "optimizer.safetensors", "--init_from")
+    assert checkpoint.load(step_dir, trained()[0])["step"] == 1  # its weights are good
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 10**9}, {"num_hidden_layers": 999}, {"hidden_size": 2**17}, {"vocab_size": 2**22},
+    {"intermediate_size": 2**20}, {"max_position_embeddings": 10**12}, {"hidden_size": 8.0}, {"vocab_size": "5" * 9999},
+    {"num_attention_heads": True}, {"head_dim": 10**9}, {"rope_theta": float("nan")}, {"fp32_blocks": 3}])
+def test_a_state_that_asks_for_more_than_there_is(rng, tmp_path, changes):
+    """A shape that the weights have not is refused by their header, before a model of it is made."""
+    step_dir = save(tmp_path, *trained())
+    state = json.loads((step_dir / "state.json").read_text())
+    state["config"]["model"] |= changes
+    (step_dir / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadInput) as refusal:
+        checkpoint.open_trained(step_dir)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize("text", [b"null", b'{"step": -1}', b'{"step": 1, "seconds": "long"}', b"[" * 100_000, b"\xff",
+                                  b'{"step": 1, "config": {"model": {}, "sources": {"a": {}}}}',
+                                  b'{"step": 1, "bits_per_byte": null}', b'{"step": 1, "train_tokens": {"a": 1.5}}'])
+def test_damaged_state(rng, tmp_path, text):
+    step_dir = save(tmp_path, *trained())
+    (step_dir / "state.json").write_bytes(text)
+    refused(lambda: checkpoint.read_state(step_dir), "state.json", "damaged")
+
+
+# -----------------------------------------------------------------------------
+# the lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, ".")
+import checkpoint
+with checkpoint.alone(Path(sys.argv[1]), "run"):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_one_process_at_a_time(tmp_path):
+    """Another process is refused, and told by whom; once the first is killed, the folder is free."""
+    folder = tmp_path / "out" / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+
+    def hold():
+        with checkpoint.alone(folder, "train.py is at work"):
+            pass
+
+    refused(hold, "another train.py is at work")
+    assert folder.is_dir()  # it is the other's
+    holder.kill()
+    holder.communicate()
+    hold()
+
+
+def test_a_lock_leaves_nothing(tmp_path):
+    """What it has made and nobody has filled is removed again, and nothing else, whatever happens in between."""
+    for kept, error in (("", None), ("", ValueError), ("a/b/file", None), ("a/file", ValueError)):
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        try:
+            with checkpoint.alone(tmp_path / "kept" / "a" / "b", "run"):
+                if kept:
+                    (tmp_path / "kept" / kept).touch()
+                if error:
+                    raise error
+        except ValueError:
+            assert error
+        assert (tmp_path / "kept" / "a" / "b").exists() == kept.startswith("a/b") and (tmp_path / "kept").exists()
+        assert (tmp_path / "kept" / "a").exists() == bool(kept)
+        shutil.rmtree(tmp_path / "kept")
 
 
 # -----------------------------------------------------------------------------

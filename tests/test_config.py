@@ -165,10 +165,31 @@ def test_long_spellings_of_a_dtype(preset, long, short):
     ("--max_grad_norm 0", ["max_grad_norm is 0"]), ("--max_minutes 0", ["max_minutes is 0"]),
     ("--train_minutes nan --schedule wsd", ["train_minutes is nan"]), ("--train_minutes 1", ["wsd"]),
     ("--weight_decay -1", ["weight_decay"]), ("--betas 0.9 1.5", ["betas"]), ("--eps -1", ["eps"]),
+    ("--weight_decay inf", ["weight_decay is inf"]), ("--train_minutes inf --schedule wsd", ["train_minutes is inf"]),
+    ("--learning_rate inf", ["learning_rate is inf"]), ("--betas nan 0.9", ["betas"]),
+    ("--seed -1", ["seed is -1"]), ("--seed 4294967296", ["seed is 4294967296", "4294967295"]),
+    ("--sources.web.ratio nan", ["ratio", "sum to 1"]), ("--sources.more-code.ratio nan", ["ratio", "sum to 1"]),
+    ("--sources.web.anneal_ratio nan", ["anneal_ratio", "sum to 1"]), ("--sources.web.ratio inf", ["sum to 1"]),
+    ("--max_steps 100000000000000", ["max_steps 100000000000000"]),
+    ("--tokens_per_step 6400000000000", ["max_steps 300"]), ("--micro_batch_size 1000000000", ["micro_batch_size"]),
+    ("--model.hidden_size 1000000000", ["model.hidden_size is 1000000000"]),
+    ("--model.num_hidden_layers 1000000000", ["model.num_hidden_layers is 1000000000"]),
+    ("--model.intermediate_size 1000000000", ["model.intermediate_size is 1000000000"]),
+    ("--model.vocab_size 1000000000", ["model.vocab_size is 1000000000"]),
+    ("--model.max_position_embeddings 1000000000", ["model.max_position_embeddings is 1000000000"]),
+    ("--model.num_attention_heads 1000000000", ["model.num_attention_heads is 1000000000"]),
+    ("--model.head_dim 1000000", ["model.head_dim is 1000000"]), ("--model.rope_theta nan", ["rope_theta is nan"]),
+    ("--model.initializer_range nan", ["initializer_range is nan"]), ("--model.rms_norm_eps -1", ["rms_norm_eps"]),
 ])
 def test_refused_options(preset, words, named):
     """A field that is not there (the nearest is named), a value of another type or out of range."""
     refused([preset(), *words.split()], *named)
+
+
+def test_the_shape_of_another_model_comes_later(preset):
+    """With --init_from the context of the config's own model does not matter: the checkpoint's does."""
+    refused([preset(), "--block_size", "256"], "model.max_position_embeddings 128")
+    assert load([preset(), "--block_size", "256", "--init_from", "out/theirs"]).block_size == 256
 
 
 def test_missing_preset():

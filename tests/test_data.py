@@ -219,7 +219,7 @@ def test_refuses_a_short_held_out_split(tmp_path):
     """A held-out bin too short for a block is refused, though the training bin is long enough."""
     config = prepared(tmp_path, [50], [8])
     assert read_meta(config)["sources"]["source0"]["val"]["tokens"] == 8 and Batches(config, "train")
-    with pytest.raises(BadInput, match="source0_val.bin is shorter than one block"):
+    with pytest.raises(BadInput, match="source0_val.bin is shorter than one block.*--sources.source0.held_out"):
         Batches(config, "val", "source0")
 
 

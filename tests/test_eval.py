@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import statistics
 import sys
 from functools import partial
@@ -597,6 +598,31 @@ def test_the_way_out_is_named(command, tmp_path):
     export.main(["--out", str(folder), "--checkpoint", str(step_dir)])
     (tmp_path / "fine.txt").write_text("Hello.")
     refused(command("--text", "fine.txt", "--hf", folder), "comes with code", "--trust_remote_code")
+
+
+@pytest.mark.parametrize("damage, word", [
+    (lambda ids: ids[:-1], "meta.json says"), (lambda ids: np.append(ids, ids[-1]), "meta.json says"),
+    (lambda ids: np.append(ids[:-1], 2048), "the id 2048"), (lambda ids: np.append(65535, ids[1:]), "the id 65535"),
+    (lambda ids: np.append(ids[:-1], 300), "has no end")])
+def test_damaged_bins_are_refused(command, prepared, tmp_path, damage, word):
+    """Ids that the vocabulary has not, or another number of them than meta.json says: two flipped bytes are enough."""
+    save(tmp_path, llama(), data="copy")
+    shutil.copytree(prepared[0] / "exact", tmp_path / "copy")
+    ids = np.fromfile(tmp_path / "copy" / "code_val.bin", "<u2")
+    damage(ids).astype("<u2").tofile(tmp_path / "copy" / "code_val.bin")
+    refused(command(), "code_val.bin is damaged", word, "prepare.py")
+
+
+def test_compare_names_the_damaged_line(command, tmp_path, rng):
+    """Whatever stands in metrics.jsonl, the refusal is a short line."""
+    for number, line in enumerate((b"null", b"\xff" * 43_000, b"[" * 100_000, b'{"step": -1}', b'{"step": "x"}',
+                                   b'{"step": 1, "val_bits_per_byte": "much"}', b"")):
+        logged_run(tmp_path, str(number), rng)
+        path = tmp_path / str(number) / "metrics.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(line + b"\n" + whole)
+        code, out, err = command("--compare", str(number))
+        assert code == 2 and "line 1, is damaged" in err and len(err) < 700, err
 
 
 @pytest.mark.parametrize("damage, words", [

@@ -3,6 +3,7 @@ line, and leaves nothing. These tests also run with transformers 4.46 (make comp
 import json
 import os
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,19 @@ def test_interrupted(command, run, exported, tmp_path, monkeypatch, module, name
         patch.setattr(module, name, interrupt)
         code, _, err = command(*arguments, "--out", "export")
     assert code == 130 and err == "interrupted\n" and contents(tmp_path) == before
+
+
+def test_what_a_killed_export_leaves(command, run, tmp_path):
+    """The next export of that name removes it; what another process is at work on, and other names, stay."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f".export.{os.getppid()}.partial", f".other.{ended.pid}.partial", ".export.mine.partial", ".export.partial"]
+    for name in (f".export.{ended.pid}.partial", *kept):
+        Path(name).mkdir()
+        Path(name, "model.safetensors").write_bytes(b"half")
+    assert command("--checkpoint", "run", "--out", "export", "--tokenizer", "portable")[0] == 0
+    assert sorted(os.listdir()) == sorted([*kept, "export", "run"])
+    assert all(names(Path(name)) == ["model.safetensors"] for name in kept)
 
 
 def test_beside_others(command, run, tmp_path):

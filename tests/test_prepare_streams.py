@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 
+import checkpoint
 import prepare
 from cli import BadInput
 from config import Source, load
@@ -186,22 +187,22 @@ def test_interrupted_at_any_line_of_write(rng, tmp_path, fine):
 def test_a_worker_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
     """A fork shares the lock; it ends with the run that took it, and a killed run's is waited for."""
     fork = multiprocessing.get_context("fork")
-    with prepare.alone(tmp_path):
+    with checkpoint.alone(tmp_path, "run"):
         child = fork.Process(target=time.sleep, args=(100,))
         child.start()
-    with prepare.alone(tmp_path):
+    with checkpoint.alone(tmp_path, "run"):
         child.kill()
         child.join()
 
     def killed():
-        with prepare.alone(tmp_path):
+        with checkpoint.alone(tmp_path, "run"):
             fork.Process(target=time.sleep, args=(1,)).start()
             os.kill(os.getpid(), signal.SIGKILL)
 
     parent = fork.Process(target=killed)
     parent.start()
     parent.join()
-    with prepare.alone(tmp_path):
+    with checkpoint.alone(tmp_path, "run"):
         pass
 
 
@@ -395,3 +396,118 @@ def test_a_corrected_command_needs_nothing_deleted(rng, tmp_path, fine):
         with pytest.raises(BadInput, match="mine"):
             make(file, tmp_path / "data", f"--sources.mine.{wrong[0]}", wrong[1])
     assert make(file, tmp_path / "data") == expected(sources, rows, needed(file, 1000))
+
+
+# -----------------------------------------------------------------------------
+# text that is odd, and what becomes of it
+
+@pytest.fixture
+def unigram(tmp_path):
+    """A vocabulary for which "</s>" in a text is the end-of-document id, whatever it is told; and "<s>" another."""
+    pieces = [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz<>/ 0123456789"]
+    known = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", -1.0), *pieces]
+    library = tokenizers.Tokenizer(tokenizers.models.Unigram(known, 0))
+    library.add_special_tokens(["<s>", "</s>", "<unk>"])
+    library.save(str(tmp_path / "unigram.json"))
+    return str(tmp_path / "unigram.json")
+
+
+def rows_of(name, documents):
+    """A file of JSON lines with these texts."""
+    Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+@pytest.mark.parametrize("choice", ["text", "drop", "refuse"])
+def test_text_that_looks_like_a_special_token(rng, tmp_path, monkeypatch, capsys, unigram, choice):
+    """One page cannot stop a run, unless it is told to; each is counted and told."""
+    monkeypatch.chdir(tmp_path)
+    documents = [f"document {number}" for number in range(400)]
+    spelled = rng.sample(range(400), 9)
+    for number in spelled:
+        documents[number] += rng.choice([" </s>", " <unk>"])
+    rows_of("a.jsonl", documents)
+    source = Source("json", data_files="a.jsonl", special_tokens=choice)
+    file = preset(tmp_path / "run.py", {"mine": source}, tokenizer=unigram, max_steps=10**6)
+    if choice == "refuse":
+        with pytest.raises(BadInput, match="document that begins 'document .*special token"):
+            make(file, tmp_path / "data")
+        return
+    files, counts = make(file, tmp_path / "data")
+    both = {kind: counts["mine"]["train"][kind] + counts["mine"]["val"][kind] for kind in counts["mine"]["train"]}
+    assert both["special"] + both["marked"] == 9 and both["documents"] == 400 - both["special"]
+    assert (both["marked"] == 0) == (choice == "drop")
+    eos = json.loads((tmp_path / "data" / "meta.json").read_text())["eos_id"]
+    assert sum(data[place] == eos for data in files.values() for place in range(0, len(data), 2)) == both["documents"]
+    assert "special token" in capsys.readouterr().out
+
+
+def test_a_document_that_a_vocabulary_cannot_encode(tmp_path, monkeypatch):
+    """The tokenizers library raises a bare Exception for a WordLevel without an unknown token: one line."""
+    monkeypatch.chdir(tmp_path)
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="<none>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save("words.json")
+    rows_of("a.jsonl", ["a a"] * 30 + ["a b"] + ["a"] * 99)
+    file = preset(tmp_path / "run.py", {"mine": Source("json", data_files="a.jsonl")}, tokenizer="words.json")
+    with pytest.raises(BadInput, match="words.*cannot encode"):
+        make(file, tmp_path / "data")
+
+
+def test_bad_rows_are_counted_or_refused(rng, tmp_path, monkeypatch, capsys):
+    """They are neither written nor lost, wherever a run stops and goes on; or the first ends it."""
+    monkeypatch.chdir(tmp_path)
+    documents = [f"document {number}" if rng.random() < 0.9 else number for number in range(3000)]
+    documents[0] = 0
+    rows_of("a.jsonl", documents)
+    file = preset(tmp_path / "run.py", {"mine": Source("json", data_files="a.jsonl")})
+    monkeypatch.setattr(streams, "CHUNK", 500)
+    for steps in (50, 200, 10**6):
+        counts = make(file, tmp_path / "data", "--max_steps", steps)[1]["mine"]
+        seen = documents[:counts["read"]]
+        assert counts["train"]["bad_rows"] + counts["val"]["bad_rows"] == len([row for row in seen if row != str(row)])
+    said = capsys.readouterr().out
+    assert said.count("leaves out a row") == 9 and "a.jsonl, line 1, has a number as its 'text'" in said
+    assert "rows without text, or damaged" in said
+    with pytest.raises(BadInput, match="mine.*a.jsonl, line 1, .*--sources.mine.bad_rows skip"):
+        make(file, tmp_path / "strict", "--sources.mine.bad_rows", "refuse")
+
+
+def test_too_few_documents_say_why(tmp_path, monkeypatch):
+    """All of a file in one paragraph, or one row too few: what separates documents, and how many are held out."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("line\n" * 999)
+    file = preset(tmp_path / "run.py", {"mine": Source("text", data_files="a.txt")})
+    with pytest.raises(BadInput, match="training documents: it has 1.*held_out.*empty lines separate.*sample_by"):
+        make(file, tmp_path / "data")
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "line", "paragraph"])
+def test_a_preparation_of_an_earlier_version_goes_on(rng, tmp_path, monkeypatch, form):
+    """Its position is the state of a `datasets` stream, and it has fewer counts; of paragraphs it is refused."""
+    monkeypatch.chdir(tmp_path)
+    documents = [f"document {number}" for number in range(3000)]
+    if form == "parquet":
+        write_parquet("a.parquet", documents, rng)
+    elif form == "json":
+        rows_of("a.json", documents)
+    else:
+        Path(f"a.{form}").write_text("\n\n".join(documents))
+    kind = form if form in ("parquet", "json") else "text"
+    source = Source(kind, data_files=f"a.{form}", sample_by=form if kind == "text" else "line")
+    file = preset(tmp_path / "run.py", {"mine": source})
+    make(file, tmp_path / "data", "--max_steps", 100)
+    meta = json.loads(Path("data/meta.json").read_text())
+    old = meta["sources"]["mine"]
+    old["position"] = [{"examples_iterable": {"shard_idx": 0, "shard_example_idx": 9}, "epoch": 0}, 3]
+    del old["stamps"], old["commit"]
+    for split in ("train", "val"):
+        old[split] = {kind: old[split][kind] for kind in ("documents", "tokens", "bytes", "dropped_bytes")}
+    Path("data/meta.json").write_text(json.dumps(meta))
+    if form == "paragraph":
+        before = Path("data/meta.json").read_bytes()
+        with pytest.raises(BadInput, match="mine.*another --data_dir"):
+            make(file, tmp_path / "data", "--max_steps", 300)
+        assert Path("data/meta.json").read_bytes() == before
+        return
+    prepare.main([str(file), "--data_dir", "data", "--max_steps", "300"])
+    assert Path("data/mine.bin").read_bytes() == make(file, tmp_path / "new", "--max_steps", 300)[0]["mine.bin"]

@@ -1,6 +1,8 @@
 """run.py: the figures of held-out text, and what a resumed run says of its changes."""
 import json
 import math
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +10,13 @@ import torch
 
 import backend
 import checkpoint
+import tokenizer
 import train
+from cli import BadInput
 from config import Config, load
 from data import Batches, read_meta
 from model import Llama, ModelConfig
-from run import as_json, changes, held_out_losses, mixed
+from run import as_json, changes, held_out_losses, mixed, read_metrics
 from tests.test_train import TINY
 
 
@@ -78,3 +82,55 @@ def test_a_run_in_bfloat16_resumes_in_bf16(in_process, quickstart_data, tmp_path
         assert state["config"]["dtype"] == ("fp32" if extra else "bf16")
         state["config"]["dtype"] = "bfloat16"
         path.write_text(json.dumps(state))
+
+
+FOUR_LINES = """
+from config import Config, Source
+config = Config(name="mine", data_dir="data", tokenizer="theirs/tokenizer.json", sources={"text": Source("text",
+                data_files="my.txt")})
+"""
+
+
+@pytest.mark.parametrize("context, options, length", [
+    (512, [], 256), (512, ["--block_size=512"], 512), (64, [], 64), (64, ["--block_size=32"], 32)])
+def test_init_from_has_the_shape_of_the_checkpoint(in_process, tmp_path, rng, monkeypatch, context, options, length):
+    """A config that says nothing of the model starts from one of another vocabulary and context than the default's."""
+    monkeypatch.chdir(tmp_path)
+    theirs = SimpleNamespace(name="theirs", sha256="0" * 64, vocab_size=3000, eos_id=0, delimiters={})
+    monkeypatch.setattr(tokenizer, "load", lambda *_: theirs)
+    (tmp_path / "mine.py").write_text(FOUR_LINES)
+    counts = {"tokens": 20_000, "bytes": 60_000}
+    (tmp_path / "data").mkdir()
+    for name in ("text.bin", "text_val.bin"):
+        np.array([rng.randrange(3000) for _ in range(20_000)], "<u2").tofile(tmp_path / "data" / name)
+    (tmp_path / "data" / "meta.json").write_text(json.dumps({
+        "recipe": {"tokenizer": {"sha256": theirs.sha256}}, "vocab_size": 3000, "eos_id": 0,
+        "sources": {"text": {"train": counts, "val": counts}}}))
+    model = Llama(ModelConfig(vocab_size=3008, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                              max_position_embeddings=context))
+    state = {"step": 0, "imported_from": "theirs", "tokenizer_sha256": theirs.sha256,
+             "config": {"tokenizer": "theirs", "model": asdict(model.config)}}
+    checkpoint.save(tmp_path / "out" / "theirs", model, None, state, True, 1)
+    options = ["mine.py", "--init_from", "out/theirs", "--eval_blocks=1", "--tokens_per_step=1024", *options]
+    for steps, resume in ((1, []), (2, ["--resume"])):
+        code, out, err = in_process(train.main, *options, *resume, f"--max_steps={steps}")
+        assert code == 0 and f"sequences x {length} tokens" in out, (out, err)
+    saved = checkpoint.read_state(checkpoint.find(tmp_path / "out" / "mine"))["config"]
+    assert saved["model"] == asdict(model.config) | {"fp32_blocks": [0, -1]} and saved["block_size"] == length
+    code, out, err = in_process(train.main, "mine.py", "--init_from", "out/theirs", "--name=other", "--block_size=1024")
+    assert code == 2 and "cannot start from" in err and f"context, model.max_position_embeddings {context}" in err
+
+
+def test_metrics_are_read_up_to_a_step(tmp_path):
+    """A half-written last line is left out; any other that is no entry is named, in a short line."""
+    path, lines = tmp_path / "metrics.jsonl", [b'{"step": %d, "train_loss": %d}\n' % (n, n) for n in range(1, 6)]
+    assert read_metrics(path, 9) == []
+    path.write_bytes(b"".join(lines) + b'{"step": 6, "tra')
+    assert [entry["step"] for entry in read_metrics(path, 9)] == [1, 2, 3, 4, 5]
+    assert [entry["step"] for entry in read_metrics(path, 3)] == [1, 2, 3]
+    for bad in (b"null", b"\xff\xff", b"[" * 100_000, b"3", b'{"step": null}', b"", b'{"step": 1e400}',
+                b'{"step": 2, "val_loss": "low"}', b"\xff" * 43_000):
+        path.write_bytes(b"".join([lines[0], bad, b"\n", *lines[1:]]))
+        with pytest.raises(BadInput, match="line 2, is damaged") as refusal:
+            read_metrics(path, 9)
+        assert len(str(refusal.value)) < 600

@@ -218,6 +218,47 @@ def test_quiz(command, tmp_path):
     assert "right: 1 + 2 = 3;  one and one is two\n" in out and "wrong: 2 + 2 = 4\n" in out
 
 
+QUESTION = b'{"prompt": "1 + 2 =", "answer": "3"}'
+
+
+@pytest.mark.parametrize("text, count", [
+    (b"\xef\xbb\xbf" + QUESTION + b"\n\n" + QUESTION, 2), (QUESTION + b"\r\n \t\r\n" + QUESTION + b"\r\n", 2),
+    (b'{"prompt": "a\xe2\x80\xa8b", "answer": 3}\n\n\n', 1), (b'\n{"prompt": "\\ud800", "answer": "x"}', 1)])
+def test_quizzes_of_other_editors(command, tmp_path, text, count):
+    """A mark of Windows at the beginning, blank lines, separators within a text, and half a surrogate."""
+    (tmp_path / "quiz.jsonl").write_bytes(text)
+    code, out, err = command("--quiz", tmp_path / "quiz.jsonl")
+    assert code == 0 and f"of {count} right" in out, err
+
+
+@pytest.mark.parametrize("text, word", [
+    (b"", "no questions"), (b"\xef\xbb\xbf\n \n", "no questions"), (QUESTION + b"\nnull", "line 2"), (b"{}", "line 1"),
+    (QUESTION + b"\n\xff", "line 2"), (b"[" * 100_000, "nested"), (QUESTION.decode().encode("utf-16"), "line 1"),
+    (b'\n\n{"prompt": [], "answer": "3"}', "line 3: prompt")])
+def test_no_quiz(command, tmp_path, text, word):
+    (tmp_path / "quiz.jsonl").write_bytes(text)
+    code, out, err = command("--quiz", tmp_path / "quiz.jsonl")
+    assert code == 2 and word in err.splitlines()[-1] and "quiz.jsonl" in err and len(err.splitlines()[-1]) < 500
+
+
+def test_a_file_that_is_not_utf_8_loses_nothing(run):
+    """What Windows does when the output goes to a file: its own encoding has no arrow."""
+    done = subprocess.run([sys.executable, Path(sample.__file__), "--prompt", "a \u2192 b", "--max_new_tokens", "3"],
+                          cwd=run, env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+                          capture_output=True)
+    assert done.returncode == 0 and done.stdout.decode().startswith("a \u2192 b"), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a file by its number")
+def test_interactive_without_input(run):
+    """A closed standard input is one line, an empty one a good end."""
+    for stream, code in ((None, 2), (subprocess.DEVNULL, 0)):
+        done = subprocess.run([sys.executable, Path(sample.__file__), "--interactive"], cwd=run, capture_output=True,
+                              text=True, stdin=stream, preexec_fn=None if stream else lambda: os.close(0))
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert code == 0 or "standard input" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("arguments, word", [
     (["--checkpoint", "out/nothing"], "no checkpoint in out"), (["--prompts", "x"], "--prompt"),
     (["--temperature", "0"], "temperature is 0"), (["--top_p", "1.5"], "top_p is 1.5"),

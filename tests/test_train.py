@@ -4,7 +4,9 @@ import json
 import math
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import time
 from functools import partial
@@ -15,9 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 import backend
+import checkpoint
+import eval
+import prepare
+import sample
+import tokenizer
 import train
+from cli import BadInput
 from config import Config, load
-from data import Batches
+from data import Batches, read_meta
+from run import changes, earlier_checkpoint, mixed, read_metrics
 from tests.commands import metrics, refused, run, start
 
 # Small enough for a step in milliseconds; with the curriculum, accumulation and every source in play.
@@ -26,6 +35,9 @@ TINY = ["--model.hidden_size=32", "--model.intermediate_size=64", "--model.num_h
         "--model.max_position_embeddings=32", "--model.fp32_blocks", "0", "--block_size=32", "--tokens_per_step=256",
         "--micro_batch_size=4", "--max_steps=60", "--train_minutes=None", "--max_minutes=None", "--log_interval=1",
         "--eval_interval=3", "--eval_blocks=4", "--learning_rate=1e-3"]
+
+
+VOCABULARY = tokenizer.load("quickstart-2048")
 
 
 @pytest.fixture
@@ -101,6 +113,54 @@ def test_a_stopped_run_saves_and_resumes(tiny, whole_run, tmp_path):
     same_run(tmp_path / "out" / "quickstart", whole_run)
 
 
+def test_a_lost_terminal_or_reader_is_a_stop(tiny, whole_run, tmp_path):
+    """SIGHUP of a closed ssh session, then `| head -1`: each saves its very step, and the rest comes as it was."""
+    run_dir = tmp_path / "out" / "quickstart"
+    metrics_path = run_dir / "metrics.jsonl"
+    process = start("train.py", *tiny, cwd=tmp_path)
+    wait_for_lines(metrics_path, random.randint(1, 20), process)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == "" and "stopped by SIGHUP" in out.splitlines()[-1], (out, err)
+    lines = metrics_path.read_bytes().count(b"\n")
+
+    process = start("train.py", *tiny, "--resume", cwd=tmp_path)
+    assert process.stdout.readline().startswith("model ")
+    wait_for_lines(metrics_path, lines + random.randint(0, 10), process)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 0
+    assert (run_dir / "latest").read_text() != "step_00000060"
+    step = int((run_dir / "latest").read_text().removeprefix("step_"))
+    assert metrics(run_dir)[-1]["step"] == step  # the checkpoint is of the last step that was taken
+    assert run("train.py", *tiny, "--resume", cwd=tmp_path)[0] == 0
+    same_run(run_dir, whole_run)
+
+
+def test_a_hangup_under_nohup(tiny, whole_run, tmp_path):
+    """Where SIGHUP was ignored before, the run goes on to its end; and a closed stdout is no reason to stop either."""
+    process = start("train.py", *tiny, cwd=tmp_path, preexec_fn=lambda: (
+        signal.signal(signal.SIGHUP, signal.SIG_IGN), os.close(1)))
+    wait_for_lines(tmp_path / "out/quickstart/metrics.jsonl", 5, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr.read() == "" and process.wait(60) == 0
+    same_run(tmp_path / "out" / "quickstart", whole_run)
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_two_runs_in_one_directory(tiny, whole_run, tmp_path, command, option):
+    """The second is refused in one line and changes nothing; the first is the run that it would have been alone."""
+    run_dir = tmp_path / "out" / "quickstart"
+    process = start("train.py", *tiny, option, cwd=tmp_path)
+    wait_for_lines(run_dir / "metrics.jsonl", 3, process)
+    process.send_signal(signal.SIGSTOP)  # a slow one: it is at work for as long as we look
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    refused(command(*tiny, option, "--seed=7"), "at work in out/quickstart", "--name")
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    same_run(run_dir, whole_run)
+
+
 def test_max_minutes(tiny, tmp_path, command):
     code, out, _ = command(*tiny, "--max_minutes=0.0001")
     assert code == 0 and "stopped by --max_minutes" in out
@@ -109,6 +169,7 @@ def test_max_minutes(tiny, tmp_path, command):
 
 def test_train_minutes_fits_the_run(tiny, tmp_path, command):
     """A run that would take too long is made shorter while it runs, decays in full, and stays at that length."""
+    assert command(*tiny, "--max_steps=1", "--name=first")[0] == 0  # a process's first step imports for seconds
     tiny = [*tiny, "--max_steps=20000", "--train_minutes=0.05", "--log_interval=1", "--eval_interval=20"]
     started = time.monotonic()
     code, out, err = command(*tiny)
@@ -148,6 +209,95 @@ def test_a_run_is_not_overwritten_by_accident(tiny, tmp_path, command):
     refused(command(*short, "--resume", "--model.intermediate_size=72"), "down_proj", "72")
     assert command(*short, "--overwrite", "--seed=1")[0] == 0
     assert (tmp_path / "out/quickstart/metrics.jsonl").read_bytes() != before
+
+
+def test_more_than_the_machine_has(tiny, tmp_path, command):
+    """A model larger than its memory is refused in one line, before anything is made."""
+    refused(command(*tiny, "--model.hidden_size=131072", "--model.intermediate_size=1048576"), "GB of memory")
+    refused(command(*tiny, "--max_steps=100000000000000"), "max_steps")
+    assert not (tmp_path / "out").exists()
+
+
+def damages(rng, whole, count):
+    """Mutations of a file: bytes changed, cut, repeated or removed, a value of another type, and deep nesting."""
+    junk = [b"null", b"-1", b"NaN", b"1e999", b"[]", b"{}", b'"x"', b"true", b"9" * 400, b"\xff", b"\0", b"["]
+    yield from (b"", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"\0" * len(whole))
+    numbers = [match.span() for match in re.finditer(rb'(?<=[:\[] )[^,\n\[{}\]]+|(?<=:)[^ ,{}\[\]\n]+', whole)]
+    for _ in range(count - 8):
+        at, end = sorted(rng.randrange(len(whole) + 1) for _ in range(2))
+        kind = rng.randrange(6)
+        if kind == 0 and numbers:
+            at, end = rng.choice(numbers)
+            yield whole[:at] + rng.choice(junk) + whole[end:]
+        elif kind == 1:
+            yield whole[:at] + rng.randbytes(2) + whole[at + 2:]
+        elif kind == 2:
+            yield whole[:at]
+        elif kind == 3:
+            yield whole[:at] + whole[min(end, at + 20):]
+        elif kind == 4:
+            yield whole[:end] + whole[at:]
+        else:
+            yield whole[:at] + rng.choice(junk) + whole[at:]
+
+
+def read_state(config, recipe):
+    """As train.py --resume and eval.py do."""
+    state = checkpoint.read_state(earlier_checkpoint(config))
+    changes(state["config"], config)
+    checkpoint.check_shape(earlier_checkpoint(config), checkpoint.read_shape(config.out_dir, state))
+    sources = state["config"].get("sources", {})
+    eval.mixture({name: {"loss": 2.0, "loss_stderr": 0.1, "tokens": 5, "bytes": 9} for name in sources}, sources)
+
+
+def read_data(config, recipe):
+    """As train.py and eval.py do."""
+    mixed(dict.fromkeys(config.sources, 2.0), config.sources, read_meta(config))
+    Batches(config, "val", "math")
+    eval.held_out(config.data_dir, ["math"], VOCABULARY)
+
+
+READERS = {
+    "state.json": read_state, "latest": read_state, "meta.json": read_data, "math_val.bin": read_data,
+    "metrics.jsonl": lambda config, recipe: (read_metrics(config.out_dir / "metrics.jsonl", 30),
+                                             eval.read_run(config.out_dir)),
+    "config.json": lambda config, recipe: eval.read_run(config.out_dir),
+    "progress.json": lambda config, recipe: prepare.earlier_progress(config.data_dir, recipe),
+    "quiz.jsonl": lambda config, recipe: sample.read_quiz(config.data_dir / "quiz.jsonl")}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files(whole_run, quickstart_data, tmp_path, rng, name, monkeypatch):
+    """500 mutations of each file of a run and of its data: who reads it takes it or refuses it in one short line."""
+    monkeypatch.chdir(tmp_path)
+    run_dir, data_dir = tmp_path / "out" / "run", tmp_path / "data"
+    shutil.copytree(whole_run, run_dir)
+    data_dir.mkdir()
+    (data_dir / "quiz.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n' * 9)
+    ids = np.fromfile(quickstart_data / "math_val.bin", "<u2")
+    ids = ids[:np.flatnonzero(ids == 2)[50] + 1]  # fifty documents, as each is decoded
+    ids.tofile(data_dir / "math_val.bin")
+    meta = json.loads((quickstart_data / "meta.json").read_text())
+    meta["recipe"]["sources"] = {"math": meta["recipe"]["sources"]["math"]}
+    meta["sources"] = {"math": meta["sources"]["math"]}
+    meta["sources"]["math"]["val"]["tokens"] = len(ids)
+    for file in ("meta.json", "progress.json"):
+        (data_dir / file).write_text(json.dumps(meta, indent=2))
+        if file == name == "progress.json":
+            (data_dir / "meta.json").unlink()
+    config = load(["--data_dir", str(data_dir), *TINY, "--name=run", "--resume"])
+    config.sources = {"math": config.sources["math"]}
+    [path, *_] = [found for folder in (data_dir, earlier_checkpoint(config), run_dir) for found in folder.glob(name)]
+    whole, refusals = path.read_bytes(), 0
+    READERS[name](config, meta["recipe"])
+    for damaged in damages(rng, whole, 500):
+        path.write_bytes(damaged)
+        try:
+            READERS[name](config, meta["recipe"])
+        except (BadInput, FileNotFoundError) as refusal:
+            refusals += 1
+            assert "\n" not in str(refusal) and len(str(refusal)) < 1000, str(refusal)[:2000]
+    assert refusals > 100
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, command):

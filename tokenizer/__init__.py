@@ -11,6 +11,7 @@ from scratch in tokenmonster.py, and "tokenizer.json" files, for which the `toke
 Here is how a vocabulary is found by its name.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,8 +19,10 @@ from pathlib import Path
 
 from cli import BadInput, brief
 from tokenizer import portable
+from tokenizer.delimiters import FILES, Beside
 from tokenizer.huggingface import TokenizerJson
-from tokenizer.tokenmonster import MAX_FILE, Tokenizer, TokenMonster, VocabularyError
+from tokenizer.interface import Tokenizer, TokenMonster
+from tokenizer.tokenmonster import MAX_FILE, VocabularyError
 
 __all__ = ["Tokenizer", "TokenMonster", "TokenizerJson", "find", "load"]
 
@@ -38,11 +41,16 @@ HUB_REPOSITORY = "alasdairforsythe/tokenmonster"
 VOCABULARY_FOLDER = Path(__file__).parents[1] / "vocabs"
 
 
-def load(name_or_path: str | Path, segmentation: str = "exact") -> Tokenizer:
+def load(name_or_path: str | Path, segmentation: str = "exact", eos_token: str | int | None = None,
+         bos_token: str | int | None = None, beside: Beside | bool = True) -> Tokenizer:
     """The tokenizer of a vocabulary; `find` says what may be given.
 
     segmentation    how the ids of a .vocab file are found: "exact" is TokenMonster's own search, "portable" what a
                     tokenizer.json made of it does (portable.py). A tokenizer.json does what it does.
+    eos_token       the token, or its id, that follows a document. If None, what the files beside a tokenizer.json say,
+                    or a token of a usual name (delimiters.py)
+    bos_token       the token, or its id, that prompts begin with, if that is another
+    beside          whether to look at those files; or what they say
 
     Raises BadInput if the vocabulary is missing, damaged or not supported.
     """
@@ -53,22 +61,27 @@ def load(name_or_path: str | Path, segmentation: str = "exact") -> Tokenizer:
         data = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {brief(error)}") from None
-    if path.name == "tokenizer.json":
-        return TokenizerJson(data, path.resolve().parent.name if os.path.exists(name_or_path) else str(name_or_path))
     if path.suffix == ".json":
-        return TokenizerJson(data, path.stem)
-    vocabulary = read_vocab(data, str(name_or_path) if str(name_or_path) in VOCABULARIES else path.stem)
+        name = path.stem
+        if path.name == "tokenizer.json":
+            name = path.resolve().parent.name if os.path.exists(name_or_path) else str(name_or_path)
+        said = Beside.of(path.parent) if beside is True else beside or None
+        return TokenizerJson(data, name, eos_token, bos_token, said)
+    vocabulary = read_vocab(data, str(name_or_path) if str(name_or_path) in VOCABULARIES else path.stem, path)
+    if eos_token is not None and eos_token not in (vocabulary.eos_id, str(vocabulary.eos_id)):
+        raise BadInput(f"{vocabulary.name}: eos_token is for a tokenizer.json; in a .vocab file the id "
+                       f"{vocabulary.eos_id} ends documents")
     if segmentation == "exact":
         return vocabulary
     return TokenizerJson(portable.tokenizer_json(vocabulary, lossless=True), f"{vocabulary.name} (portable)")
 
 
-def read_vocab(data: bytes, name: str) -> TokenMonster:
+def read_vocab(data: bytes, name: str, path: Path) -> TokenMonster:
     """The tokenizer of a .vocab file. Raises BadInput if it is damaged, or is not the published file of that name."""
     sha256 = hashlib.sha256(data).hexdigest()
     if name in VOCABULARIES and VOCABULARIES[name][0] != sha256:
         raise BadInput(f"{name}: the file's sha256 is {sha256[:12]}..., the published one "
-                       f"{VOCABULARIES[name][0][:12]}...; delete the file and download it again")
+                       f"{VOCABULARIES[name][0][:12]}...; delete {path} and run this again, or download it again")
     # A renamed file is still the vocabulary that its digest says it is.
     listed = {published: (known, eos_id) for known, (published, eos_id) in VOCABULARIES.items()}
     try:
@@ -100,12 +113,22 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def download(repository: str, file: str, otherwise: str) -> Path:
-    """The path, in the hub's cache, of a file of a repository. Raises BadInput, saying what to do `otherwise`."""
+    """The path, in the hub's cache, of a file of a repository. If it is there already, the hub is not asked.
+
+    Raises BadInput, saying what to do `otherwise`.
+    """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line says it all, not one for each attempt
     try:
-        from huggingface_hub import hf_hub_download  # here, as it takes a while to import
-        return Path(hf_hub_download(repo_id=repository, filename=file))
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # here, as it takes a while to import
+        cached = try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        path = Path(hf_hub_download(repo_id=repository, filename=file))
     except Exception as error:  # no library, no network, no such file: the way out is the same
         raise BadInput(f"{file} of {repository} cannot be downloaded ({brief(error)}); get it from "
                        f"huggingface.co/{repository} and {otherwise}. The quickstart needs no download: "
                        f"python prepare.py") from None
+    for beside in FILES if file == "tokenizer.json" else ():  # they say which token ends a text
+        with contextlib.suppress(Exception):  # a repository may lack some
+            hf_hub_download(repo_id=repository, filename=beside)
+    return path

@@ -3,7 +3,7 @@
 import math
 import random
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,8 +50,15 @@ class Vote:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the file of votes, or make an empty one. Raises sqlite3.Error if it is some other file."""
+    """Open the file of votes, or make an empty one that only its owner can read: prompts are nobody else's business.
+
+    Raises sqlite3.Error if it is some other file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    if path.stat().st_mode & 0o077:  # made by an earlier version
+        with suppress(OSError):  # it may be somebody else's, or on a disk without such rights
+            path.chmod(0o600)
     database = sqlite3.connect(path, timeout=10)  # seconds to wait while another process writes
     # EXTRA: a commit returns once the vote and the end of its journal are on the disk, whatever happens next.
     database.execute("PRAGMA synchronous = EXTRA")

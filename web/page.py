@@ -4,6 +4,7 @@ gradio is optional; without it `gr` is None, and nothing here can be called.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 from cli import BadInput, brief
 from web import tabs
 from web.arena import VERDICTS
+from web.guard import Guard
 from web.html import CSS, bubbles, past, safe, size
 from web.shelf import Shelf
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 try:
     import gradio as gr
+    from gradio import queueing
+    from starlette.middleware import Middleware
 except ImportError:  # demo.py says how to get it
     gr = None
 
@@ -261,6 +265,15 @@ def page(shelf: Shelf, votes: Path) -> "gr.Blocks":
     return blocks.queue(default_concurrency_limit=8, api_open=False)
 
 
+class OneLine:
+    """In place of the module `traceback`, with which gradio would print whole requests to the terminal."""
+
+    @staticmethod
+    def print_exc():
+        """Print the exception that is being handled, on one line."""
+        print(f"a request failed: {brief(sys.exc_info()[1])}", file=sys.stderr, flush=True)
+
+
 def serve(shelf: Shelf, votes: Path, port: int):
     """Serve the page to this machine until Ctrl-C. Raises BadInput if the port is in use."""
     blocks = page(shelf, votes)
@@ -268,9 +281,11 @@ def serve(shelf: Shelf, votes: Path, port: int):
                               font_mono=["ui-monospace", "monospace"])  # no fonts from elsewhere
     # gradio asks its own server whether it is up, which must not go through the network's proxy.
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY', '')},127.0.0.1"
+    queueing.traceback = OneLine
     try:
         blocks.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, run_history=False,
-                      footer_links=[], theme=theme, css=CSS, quiet=True, prevent_thread_lock=True)
+                      footer_links=[], theme=theme, css=CSS, quiet=True, prevent_thread_lock=True,
+                      app_kwargs={"middleware": [Middleware(Guard)]})
     except OSError:
         raise BadInput(f"port {port} is in use; choose another with --port") from None
     print(f"The demo is at http://127.0.0.1:{port}; Ctrl-C ends it.", flush=True)

@@ -83,7 +83,7 @@ def read_settings(prompt: str, length: float, temperature: float, top_p: float |
 def completions(loaded: Loaded, ids: list[int], settings: Settings) -> Iterator[list[int | None]]:
     """The tokens of settings.num_samples texts that continue ids, one of each at a time; None once a text has ended."""
     return generate_batch(loaded.model, ids, settings.num_samples, settings.max_new_tokens,
-                          settings.sampler(loaded.vocabulary), loaded.vocabulary.eos_id)
+                          settings.sampler(loaded.vocabulary), loaded.vocabulary.ends)
 
 
 def side_by_side(loaded: list[Loaded], ids: list[list[int]],
@@ -94,11 +94,8 @@ def side_by_side(loaded: list[Loaded], ids: list[list[int]],
 
 
 def decoder(loaded: Loaded, ids: list[int]) -> Any:
-    """A stream that decodes what follows ids. It has read the last few: they decide whether a space comes first."""
-    stream = loaded.vocabulary.stream()
-    for token in ids[-4:]:
-        stream.push(token)
-    return stream
+    """A stream that decodes what follows ids. It knows the last few: they decide whether a space comes first."""
+    return loaded.vocabulary.stream(ids)
 
 
 def unroll(rows: Iterator[Sequence[int | None]], streams: list, halt: Sequence = (),

@@ -80,9 +80,9 @@ def difference(ours, theirs, rows=None):
     return float((ours(ids)[0] - theirs(ids).logits).abs().max())
 
 
-def greedy(model, prompt, count):
+def greedy(model, prompt, count, eos_id=None):
     """Our greedy continuation."""
-    return list(generate(model, prompt, count, Sampler(vocab_size=2048)))
+    return list(generate(model, prompt, count, Sampler(vocab_size=2048), eos_id))
 
 
 def any_text(rng):

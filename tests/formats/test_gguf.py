@@ -213,6 +213,47 @@ def test_token_table(segmentation, spare, tmp_path):
         assert bytes_there - {0} == {byte for byte in portable.UTF8 if byte >= 0x80}
 
 
+def other_unigram(changes=None, **parts):
+    """A tokenizer.json like those that portable.py writes, but for some parts, and some fields of its ByteLevel."""
+    made = json.loads(tokenizer.load("quickstart-2048", "portable").data)
+    made["pre_tokenizer"] |= changes or {}
+    return made | parts
+
+
+@pytest.mark.parametrize("made, word", [
+    (other_unigram({"add_prefix_space": True}), "add_prefix_space"), (other_unigram({"use_regex": True}), "use_regex"),
+    (other_unigram(normalizer={"type": "Lowercase"}), "Lowercase"),
+    (other_unigram(pre_tokenizer=None), "pre_tokenizer"),
+    (other_unigram(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always",
+                                  "split": True}), "Metaspace"),
+    (other_unigram(model={"type": "Unigram", "unk_id": None, "byte_fallback": False, "vocab": [
+        ["<|endoftext|>", 0.0], *([chr(0x100 + place), -1.1 * place] for place in range(9))]}), "single precision"),
+])
+def test_a_unigram_that_llama_cpp_reads_otherwise(in_process, tmp_path, made, word):
+    """What llama.cpp cannot do is refused by its name, and not exported with other ids."""
+    (tmp_path / "theirs.json").write_text(json.dumps(made))
+    save(tmp_path / "run", llama(), tmp_path / "theirs.json")
+    result = in_process(export.main, "--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--format", "gguf")
+    refused(result, word, "--format hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_special_tokens_with_names_of_their_own(in_process, tmp_path):
+    """A special token of any name is written as one, under that name; it need not be spelled in bytes."""
+    made = other_unigram()
+    free = next(row for row, (_, score) in enumerate(made["model"]["vocab"]) if score == portable.DEAD and row != 2)
+    made["model"]["vocab"][free][0] = "<|une fin \u65e5|>"
+    made["added_tokens"].append(made["added_tokens"][0] | {"id": free, "content": "<|une fin \u65e5|>"})
+    (tmp_path / "theirs.json").write_text(json.dumps(made))
+    save(tmp_path / "run", llama(), tmp_path / "theirs.json")
+    code, _, err = in_process(export.main, "--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--format",
+                              "gguf")
+    assert code == 0, err
+    found = metadata(next((tmp_path / "out").glob("*.gguf")))
+    assert found["tokenizer.ggml.tokens"][free] == "<|une fin \u65e5|>"
+    assert found["tokenizer.ggml.token_type"][free] == CONTROL
+
+
 def test_bpe_is_refused(in_process, tmp_path):
     """A tokenizer.json that portable.py has not made is none of llama.cpp's "t5" kind: one line, and no folder."""
     library = pytest.importorskip("tokenizers")

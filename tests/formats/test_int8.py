@@ -53,7 +53,8 @@ def test_int8(rng, command, tmp_path, linears, in_process):
 
     code, out, _ = in_process(sample.main, "--checkpoint", "int8", "--prompt", "def f", "--greedy",
                               "--max_new_tokens", 9, "--repetition_penalty", 1)
-    assert code == 0 and out == "def f" + QUICK.decode(greedy(loaded, prompt_ids(QUICK, "def f"), 9)) + "\n"
+    ids = greedy(loaded, prompt_ids(QUICK, "def f"), 9, QUICK.eos_id)
+    assert code == 0 and out == "def f" + QUICK.decode(ids) + "\n"
 
 
 def test_int8_of_a_model_not_trained_for_it(rng, command, tmp_path):

@@ -90,7 +90,8 @@ def test_import(rng, command, tmp_path, shape, stored, in_process):
     code, out, _ = in_process(sample.main, "--prompt", "def f", "--greedy", "--max_new_tokens", 5,
                               "--repetition_penalty", 1)
     assert code == 0
-    assert out == "def f" + vocabulary.decode(greedy(loaded, prompt_ids(vocabulary, "def f"), 5)) + "\n"
+    ids = greedy(loaded, prompt_ids(vocabulary, "def f"), 5, vocabulary.eos_id)
+    assert out == "def f" + vocabulary.decode(ids) + "\n"
 
 
 def test_there_and_back(rng, command, exported, tmp_path, in_process):

@@ -1,6 +1,7 @@
 """Models of transformers behind the faces of ours: loaded as they are, or refused in one line. These tests also run
 with transformers 4.46 (make compat)."""
 import json
+import socket
 import sys
 
 import pytest
@@ -128,6 +129,37 @@ def test_a_peer_remembers(rng):
             assert logits[our_token] - logits[token] < 1e-4
             break
     assert len(list(generate_batch(peer, prompt, 2, 90))) == 90  # past the context
+
+
+@pytest.mark.parametrize("asked", ["evil/kernel", "flash_attention_2", "kernels-community/flash-attn@main:x"])
+def test_a_config_does_not_choose_the_kernel(gpt2, tmp_path, monkeypatch, asked):
+    """A config.json may name a repository, whose code would run: we name PyTorch's attention, and ask nobody."""
+    name, model, _ = gpt2
+    path = tmp_path / "gpt2" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_attn_implementation": asked,
+                                                               "attn_implementation": asked}))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("it asked for an address"))
+    loaded = peers.load_model(name)
+    assert loaded.config._attn_implementation in ("sdpa", "eager")
+    assert peers.count_parameters(peers.load_config(name), name) == model.num_parameters()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_model_without_that_attention(gpt2, monkeypatch):
+    """A model that has only its own plain attention is loaded with that; other errors stay what they are."""
+    asked = []
+
+    def load(attn_implementation, complaint="X does not support an attention through `scaled_dot_product_attention`"):
+        asked.append(attn_implementation)
+        if attn_implementation == "sdpa":
+            raise ValueError(complaint)
+        return "loaded"
+
+    assert peers.our_attention(load)() == "loaded" and asked == ["sdpa", "eager"]
+    with pytest.raises(ValueError, match="no such file"):
+        peers.our_attention(load)(complaint="no such file")
 
 
 # -----------------------------------------------------------------------------

@@ -1,15 +1,12 @@
 """Streams: the same documents from whatever holds them, cleaned, and patience with a network in trouble."""
 import gzip
-import http.server
 import itertools
 import json
 import math
 import re
 import shutil
 import sys
-import threading
 import unicodedata
-import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -20,6 +17,7 @@ from cli import BadInput
 from config import Source
 from sources.streams import clean_text, is_network_error
 from tests.commands import ROOT, refused, run
+from tests.hub import Hub
 from tests.sources.texts import HELD_OUT, Text, expected, make, preset, result, two_sources, write_parquet, write_shards
 
 # -----------------------------------------------------------------------------
@@ -158,98 +156,28 @@ def test_other_files_than_before_are_refused(rng, tmp_path, fine):
 # -----------------------------------------------------------------------------
 # the network
 
-COMMIT = "0123456789" * 4
 IN_A_HURRY = f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\n" \
              "sleep = time.sleep\ntime.sleep = lambda seconds: sleep(min(seconds, 0.002))\n" \
              "import prepare\nfrom cli import script\nfrom sources import streams\n" \
              "streams.CHUNK, prepare.SAVE_SECONDS = 30_000, -1\nscript(prepare.main)\n"
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """The Hugging Face hub, as far as a dataset "someone/texts" of a few files goes.
-
-    `trouble` is asked before each answer that holds a part of a file: None, a status, or "drop".
-    """
-    daemon_threads = True
-
-    def __init__(self, directory, port=0):
-        super().__init__(("127.0.0.1", port), Answer)
-        self.files = {path.name: path.read_bytes() for path in sorted(directory.glob("*.parquet"))}
-        self.trouble, self.served = lambda: None, 0
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """A client that hangs up is no news."""
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *arguments):
-        """Be quiet."""
-
-    def send(self, status, data=b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", len(data))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def send_file(self, data):
-        trouble = self.server.trouble() if self.command == "GET" else None
-        if isinstance(trouble, int):
-            return self.send(trouble)
-        headers = {"ETag": f'"{COMMIT}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
-        status, asked = 200, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked:
-            first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
-            headers["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
-            status, data = 206, data[first:last + 1]
-        if trouble == "drop":  # half of what was promised, and then the line is dead
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.send_header("Content-Length", len(data))
-            self.end_headers()
-            return self.wfile.write(data[:len(data) // 2])
-        self.server.served += len(data)
-        self.send(status, data, **headers)
-
-    def do_GET(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        path, files = urllib.parse.unquote(self.path.partition("?")[0]), self.server.files
-        entries = {name: {"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files}
-        name, commit = path.rpartition("/")[2], {"sha": COMMIT, "id": "someone/texts", "_id": "1"}
-        if name in files and path.startswith("/datasets/someone/texts/resolve/"):
-            self.send_file(files[name])
-        elif path in ("/api/datasets/someone/texts", f"/api/datasets/someone/texts/revision/{COMMIT}"):
-            self.send(200, json.dumps({**commit, "siblings": [{"rfilename": name} for name in files]}).encode())
-        elif path == f"/api/datasets/someone/texts/tree/{COMMIT}":
-            self.send(200, json.dumps(list(entries.values())).encode())
-        elif path == f"/api/datasets/someone/texts/paths-info/{COMMIT}":
-            wanted = urllib.parse.parse_qs(body).get("paths") or json.loads(body)["paths"]
-            self.send(200, json.dumps([entries[name] for name in wanted if name in entries]).encode())
-        else:
-            self.send(404, X_Error_Code="EntryNotFound" if "/someone/texts" in path else "RepoNotFound")
-
-    do_HEAD = do_POST = do_GET
+def for_parts(trouble):
+    """Trouble for the answers that hold a part of a file; the hub's others are in order."""
+    return lambda method, path: trouble() if method == "GET" and "/resolve/" in path else None
 
 
 @pytest.fixture
 def remote(rng, tmp_path):
     """A hub with a dataset of some shards, most of whose bytes are another column's; and what its bins must be."""
-    directory = tmp_path / "served"
-    directory.mkdir()
+    directory = tmp_path / "served" / "datasets" / "someone" / "texts"
+    directory.mkdir(parents=True)
     rows = Text(rng).documents(1_500_000, (50, 500, 2000, 9000))
     pattern = write_shards(directory, "train", rows, rng, 6, width=12_000, largest=100)
     local = {"far": Source("parquet", data_files=pattern, held_out=HELD_OUT)}
     (tmp_path / "hurry.py").write_text(IN_A_HURRY)
-    hub = Hub(directory)
-    yield SimpleNamespace(hub=hub, directory=directory, path=tmp_path, port=hub.server_port,
+    hub = Hub(tmp_path / "served")
+    yield SimpleNamespace(hub=hub, directory=directory, path=tmp_path,
                           whole=expected(local, {"far": rows}, {"far": math.inf}))
     hub.close()
 
@@ -257,7 +185,7 @@ def remote(rng, tmp_path):
 def far(remote, dataset="someone/texts"):
     """The command for the remote dataset, its waits cut short -> (exit code, stdout, stderr)."""
     file = preset(remote.path / "run.py", {"far": Source(dataset)}, max_steps=10**6)
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{remote.port}", "HF_HOME": str(remote.path / "hf")}
+    env = {**remote.hub.environment, "HF_HOME": str(remote.path / "hf")}
     return run(remote.path / "hurry.py", file, "--data_dir", "data", cwd=remote.path, env=env)
 
 
@@ -270,10 +198,11 @@ def test_a_server_in_trouble(rng, remote):
     """Errors and cut connections for a while, again and again: waited out, and nothing of it in the bins."""
     troubles = [503] * 22  # huggingface_hub tries 6 times, we 5 times that
     for _ in range(2):
-        troubles += [None] * rng.randint(1, 6) + [rng.choice([503, 429, 500, "drop"])] * rng.randint(1, 3)
+        troubles += [None] * rng.randint(1, 6) + [rng.choice([503, 429, 500, "cut"])] * rng.randint(1, 3)
     remaining = iter(troubles)
     made = remote.path / "data" / "far.bin"  # something of which is there when the trouble begins
-    remote.hub.trouble = lambda: next(remaining, None) if made.exists() and made.stat().st_size else None
+    remote.hub.trouble = for_parts(
+        lambda: next(remaining, None) if made.exists() and made.stat().st_size else None)
     code, out, err = far(remote)
     assert code == 0, (out, err)
     assert result(remote.path / "data") == remote.whole
@@ -282,15 +211,15 @@ def test_a_server_in_trouble(rng, remote):
 
 def test_a_server_that_goes_away_and_comes_back(rng, remote):
     """All the waits, then one line; what was read is kept, and the same command ends with the same bins."""
-    good, trouble = itertools.count(-rng.randint(0, 6)), rng.choice([503, "drop"])
+    good, trouble = itertools.count(-rng.randint(0, 6)), rng.choice([503, "cut"])
     online = remote.path / "data" / "progress.json"
-    remote.hub.trouble = lambda: trouble if online.exists() and next(good) >= 0 else None
+    remote.hub.trouble = for_parts(lambda: trouble if online.exists() and next(good) >= 0 else None)
     code, out, err = far(remote)
     assert waits(out)[-4:] == [2, 10, 30, 120], (out, err)
     refused((code, out, err), "far", "cannot be reached")
     safe = json.loads((remote.path / "data" / "progress.json").read_text())["sources"]["far"]
     assert safe["val"]["tokens"] and f"{safe['val']['tokens'] + safe['train']['tokens']:,} tokens are safe" in out
-    remote.hub.trouble = lambda: None
+    remote.hub.trouble = for_parts(lambda: None)
     code, out, err = far(remote)
     assert code == 0 and not waits(out), (out, err)
     assert result(remote.path / "data") == remote.whole
@@ -298,14 +227,15 @@ def test_a_server_that_goes_away_and_comes_back(rng, remote):
 
 def test_only_the_text_is_downloaded(rng, remote):
     """A Parquet file's other columns stay where they are."""
-    path = remote.path / "wide.parquet"
+    path = remote.directory / "wide.parquet"
+    for shard in remote.directory.iterdir():
+        shard.unlink()
     text = Text(rng)
     rows = [text.document(300) for _ in range(400)]
     write_parquet(path, rows, rng, smallest=100, width=200_000)  # 5 MB are read ahead for each row group, of 20 MB
-    remote.hub.files = {"wide.parquet": path.read_bytes()}
     code, out, err = far(remote)
     assert code == 0, (out, err)
-    assert remote.hub.served < len(remote.hub.files["wide.parquet"]) / 2
+    assert remote.hub.served < path.stat().st_size / 2
 
 
 def test_what_a_server_does_not_have(remote):

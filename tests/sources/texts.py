@@ -96,8 +96,12 @@ def result(data_dir):
     """Everything that a finished directory must hold: the bins' bytes, the counts of meta.json, no other file."""
     files = {path.name: path.read_bytes() for path in data_dir.iterdir()}
     meta = json.loads(files.pop("meta.json"))
-    counts = {name: {key: value for key, value in source.items() if key not in ("position", "files")}
+    apart = ("position", "files", "stamps", "commit")
+    counts = {name: {key: value for key, value in source.items() if key not in apart}
               for name, source in meta["sources"].items()}
+    for source in counts.values():  # whatever came in went somewhere
+        kinds = ("documents", "empty", "copies", "bad_rows", "special")
+        assert source["read"] == sum(source[split][kind] for split in ("train", "val") for kind in kinds)
     return files, counts
 
 
@@ -121,24 +125,30 @@ def expected(sources, rows, goals, name_or_path="quickstart-2048"):
     files, counts, unwanted = {}, {}, set()
 
     def take(name, split, some, goal):
-        data, documents, size, dropped, read = b"", 0, 0, 0, 0
+        data, documents, size, dropped, read, empty, copies = b"", 0, 0, 0, 0, 0, 0
         for row in some:
             if len(data) // 2 >= goal:
                 break
             read += 1
             text = card_clean(row or "", sources[name].preserve_linebreaks)
             ids = vocabulary.encode(text)
-            if len(ids) == 0 or split == "train" and ids.tobytes() in unwanted:
+            if len(ids) == 0:
+                empty += 1
+                continue
+            if split == "train" and ids.tobytes() in unwanted:
+                copies += 1
                 continue
             if split == "val":
                 unwanted.add(ids.tobytes())
             data += ids.astype("<u2").tobytes() + vocabulary.eos_id.to_bytes(2, "little")
             documents += 1
-            size += len(vocabulary.decode_bytes(ids))
             dropped += vocabulary.count_dropped(text)
+            size += (len(vocabulary.decode_bytes(ids)) if isinstance(vocabulary, tokenizer.TokenMonster) else
+                     len(text.encode()) - vocabulary.count_dropped(text))
         files[f"{name}.bin" if split == "train" else f"{name}_val.bin"] = data
         counts[name][split] = {"documents": documents, "tokens": len(data) // 2, "bytes": size,
-                               "dropped_bytes": dropped}
+                               "dropped_bytes": dropped, "empty": empty, "copies": copies, "bad_rows": 0,
+                               "special": 0, "marked": 0}
         counts[name]["read"] += read
 
     for name in sources:

@@ -111,3 +111,17 @@ def test_killed_processes_lose_no_vote(rng, tmp_path):
     for name, voter in zip("ab", voters):
         assert len(said[voter]) >= wanted[voter]
         assert {f"{name} {number.strip()}" for number in said[voter] if number.endswith("\n")} <= kept
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other rights")
+def test_votes_are_their_owners(tmp_path):
+    """Prompts and texts are for the owner's eyes: a new file is, and one of an earlier version becomes so."""
+    new, old = tmp_path / "new" / "votes.sqlite", tmp_path / "old.sqlite"
+    old.touch(mode=0o644)
+    old.chmod(0o644)
+    before = os.umask(0)
+    try:
+        for path in (new, old):
+            assert arena.read(path) == [] and path.stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)

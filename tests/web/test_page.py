@@ -1,4 +1,6 @@
 """The demo as people meet it: every tab in a headless Chromium (make test-web), and not one request to elsewhere."""
+import contextlib
+import http.client
 import json
 import re
 import shutil
@@ -7,6 +9,7 @@ import sqlite3
 import time
 import urllib.request
 from dataclasses import asdict
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -376,6 +379,55 @@ def test_port_in_use(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         refused(run("demo.py", "--port", taken.getsockname()[1], cwd=tmp_path), "port", "is in use")
+
+
+def request(address, method, path, host=None, body=None):
+    """Ask the demo as any program can: (status, the answer's text)."""
+    place = urlsplit(address).netloc
+    connection = http.client.HTTPConnection(place, timeout=20)
+    connection.putrequest(method, path, skip_host=True)
+    headers = {"Host": host or place} | ({"Content-Type": "application/json"} if method == "POST" else {})
+    for name, value in (headers | ({"Content-Length": len(body)} if body else {})).items():
+        connection.putheader(name, str(value))
+    connection.endheaders()
+    with contextlib.suppress(OSError):  # it may be refused before all of it has been sent
+        connection.send(body or b"")
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_foreign_hosts_uploads_and_addresses(site):
+    """A name that leads here gets no page; nobody can upload, or have an address fetched or even looked up."""
+    folder, address, _ = site
+    assert request(address, "GET", "/")[0] == request(address, "GET", "/", "localhost")[0] == 200
+    file = {"path": "http://elsewhere.example/x", "meta": {"_type": "gradio.FileData"}, "orig_name": "x"}
+    for status, *asked in (
+            (403, "GET", "/", "evil.com"), (403, "GET", "/config", f"evil.com:{urlsplit(address).port}"),
+            (404, "POST", "/gradio_api/upload", None, b"x" * 1000), (404, "POST", "/gradio_api/run/write"),
+            (404, "GET", "/gradio_api/file=http://elsewhere.example/x"), (404, "GET", "/gradio_api/proxy=http://a.b"),
+            (400, "POST", "/gradio_api/queue/join", None,
+             json.dumps({"data": [file], "fn_index": 0, "session_hash": "a"}).encode())):
+        assert request(address, *asked)[0] == status, asked
+    assert "elsewhere" not in (folder / "connections").read_text()
+
+
+def test_requests_are_not_echoed(tmp_path):
+    """Neither a body of 60 MB nor one that fits nothing comes back on the terminal."""
+    save_run(tmp_path / "out" / "first")
+    port = free_port()
+    with (tmp_path / "errors").open("w") as errors:
+        server = start("demo.py", "--port", port, cwd=tmp_path, stderr=errors)
+    assert str(port) in server.stdout.readline()
+    long, join = "secret" * 100_000, "/gradio_api/queue/join"
+    for status, body in ((413, b"{" * 60_000_000), (400, b"secret" * 100_000),
+                         (200, json.dumps({"data": [long], "fn_index": 0, "session_hash": "a"}).encode()),
+                         (200, json.dumps({"data": [long], "fn_index": 1, "session_hash": "a"}).encode()),
+                         (500, json.dumps({"data": [long], "fn_index": 9999, "session_hash": "a"}).encode())):
+        assert request(f"http://127.0.0.1:{port}", "POST", join, None, body)[0] == status
+    time.sleep(1)  # the queue works on them later
+    server.terminate()
+    server.communicate()
+    assert len((tmp_path / "errors").read_text()) < 3000
 
 
 def test_no_connection_to_elsewhere(site):
