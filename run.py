@@ -26,6 +26,7 @@ from backend import Backend
 from cli import BadInput, brief, is_count, is_number, misfit, parse_json
 from config import LONG_SPELLINGS, Config, Source
 from data import Batches
+from model import Llama
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------
