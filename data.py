@@ -16,7 +16,7 @@ from cli import BadInput, is_count, is_positive, parse_json
 from config import Config
 
 # What meta.json and progress.json must hold for training. prepare.py asks for more.
-META = {"recipe": {"tokenizer?": {"sha256": str}}, "vocab_size": is_positive,
+META = {"recipe": {"tokenizer?": {"sha256": str}}, "vocab_size": is_positive, "eos_id?": is_count,
         "sources": {str: {"train": {"tokens": is_count}, "val": {"tokens": is_count, "bytes": is_positive}}}}
 
 

@@ -63,8 +63,8 @@ class ModelConfig:
             if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r:.25}; it must be at least 1, at most {most}")
         for name, least in (("rms_norm_eps", 0), ("rope_theta", 1e-9), ("initializer_range", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be a number, at least {least}")
+            if not least <= getattr(self, name) <= 1e30:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r:.25}; it must be a number, at least {least}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(f"model.hidden_size {self.hidden_size} does not divide into "

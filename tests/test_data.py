@@ -195,6 +195,7 @@ def in_meta(text):
     (damage_meta(lambda meta: meta.pop("vocab_size")), "damaged"),
     (damage_meta(lambda meta: meta.pop("sources")), "damaged"),
     (damage_meta(lambda meta: meta.update(vocab_size="many")), "damaged"),
+    (damage_meta(lambda meta: meta.update(eos_id=[])), "damaged"),
     (damage_meta(lambda meta: meta["sources"].update(source0={})), "damaged"),
 ])
 def test_refusals(tmp_path, damage, word):
