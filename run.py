@@ -173,11 +173,23 @@ def as_json(config: Config) -> dict:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
+def filled(before: dict, today: dict) -> dict:
+    """The values of an older object for the fields of today's; the default for each field that it lacks."""
+    return {field: before.get(field, default) for field, default in today.items()}
+
+
 def changes(before: dict, config: Config) -> list[str]:
-    """The settings that a resumed run changes, each as "name old -> new". `before` are those in its checkpoint."""
-    before = before | {"dtype": LONG_SPELLINGS.get(before.get("dtype"), before.get("dtype"))}
-    return [f"{name} {before.get(name)} -> {value}" for name, value in as_json(config).items()
-            if name not in ("resume", "overwrite", "max_minutes") and before.get(name) != value]
+    """The settings that a resumed run changes, each as "name old -> new". `before` are those in its checkpoint.
+
+    A checkpoint may be older than a field of today. Then its run had the default, which is no change.
+    """
+    today = as_json(Config(sources={"any": Source("")}))
+    sources = {name: filled(source, today["sources"]["any"]) for name, source in before.get("sources", {}).items()}
+    before = filled(before, today) | {
+        "model": filled(before.get("model", {}), today["model"]), "sources": sources,
+        "dtype": LONG_SPELLINGS.get(before.get("dtype"), before.get("dtype"))}
+    return [f"{name} {before[name]} -> {value}" for name, value in as_json(config).items()
+            if name not in ("resume", "overwrite", "max_minutes") and before[name] != value]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import checkpoint
 import tokenizer
 import train
 from cli import BadInput
-from config import Config, load
+from config import Config, Source, load
 from data import Batches, read_meta
 from model import Llama, ModelConfig
 from run import as_json, changes, held_out_losses, mixed, read_metrics
@@ -58,6 +58,23 @@ def test_changes_of_a_resumed_run():
     assert changes(before, Config(seed=7, betas=(0.8, 0.9))) == ["betas [0.9, 0.95] -> [0.8, 0.9]", "seed 42 -> 7"]
     del before["recompute"]  # a checkpoint from before the option
     assert changes(before, Config()) == [] and changes(before, Config(recompute=True)) == ["recompute None -> True"]
+
+
+def test_a_field_that_an_older_checkpoint_lacks_is_no_change():
+    """Whatever the run, its model and its sources have gained or lost since: where they lack a field, it is default."""
+    def config(**options):
+        return Config(sources={"web": Source("some/web", 0.75), "code": Source("some/code", 0.25, **options)})
+
+    before = as_json(config(held_out=7))
+    for settings, gained in ((before, "eos_token"), (before["model"], "fp32_norms"),
+                             (before["sources"]["web"], "bad_rows"), (before["sources"]["code"], "bad_rows"),
+                             (before["sources"]["code"], "special_tokens")):
+        del settings[gained]
+        settings["lost"] = "a field of earlier"
+    assert changes(before, config(held_out=7)) == []
+    for options in ({"held_out": 8}, {"held_out": 7, "bad_rows": "refuse"}):
+        [change] = changes(before, config(**options))
+        assert change.startswith("sources {'web': ")
 
 
 @pytest.mark.parametrize("old, new", [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")])
