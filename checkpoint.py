@@ -245,7 +245,7 @@ CONFIG = {  # of a saved Config, what is read again
     "anneal_fraction?": is_number,
     "sources?": {str: {"dataset": str, "ratio": is_number, "anneal_ratio": is_number, "data_files": list}}}
 STATE = {"step": is_count, "seconds?": is_number, "best_loss?": is_number, "val_loss?": is_number,
-         "bits_per_byte?": is_number, "config?": CONFIG, "train_tokens?": {str: is_positive},
+         "bits_per_byte?": is_number, "config?": CONFIG, "train_tokens?": {str: is_positive}, "commits?": {str: str},
          "scaler?": dict, "imported_from?": str}
 
 

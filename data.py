@@ -17,7 +17,8 @@ from config import Config
 
 # What meta.json and progress.json must hold for training. prepare.py asks for more.
 META = {"recipe": {"tokenizer?": {"sha256": str}}, "vocab_size": is_positive, "eos_id?": is_count,
-        "sources": {str: {"train": {"tokens": is_count}, "val": {"tokens": is_count, "bytes": is_positive}}}}
+        "sources": {str: {"train": {"tokens": is_count}, "val": {"tokens": is_count, "bytes": is_positive},
+                          "commit?": lambda value: value is None or isinstance(value, str)}}}
 
 
 def curriculum(early: list[float], late: list[float], anneal_start: float, length: int) -> np.ndarray:

@@ -66,6 +66,8 @@ class Plan:
         self.tokens = {name: meta["sources"][name]["train"]["tokens"] for name in config.sources}
         if before and before["max_steps"] == steps:
             self.tokens = state.get("train_tokens", self.tokens)
+        found = {name: meta["sources"][name].get("commit") for name in config.sources}  # None for what is no dataset
+        self.commits = {name: commit for name, commit in found.items() if commit}
         self.device = device
         self.follow(replace(config, max_steps=steps))
 
@@ -288,7 +290,7 @@ def train(asked: Config) -> int:
             best = evaluating and val["loss"] < state["best_loss"]
             state |= {"step": step, "seconds": seconds, "best_loss": val["loss"] if best else state["best_loss"],
                       "config": as_json(plan.config), "tokenizer_sha256": vocabulary.sha256, **vocabulary.delimiters,
-                      "scaler": scaler.state_dict(), "train_tokens": plan.tokens}
+                      "scaler": scaler.state_dict(), "train_tokens": plan.tokens, "commits": plan.commits}
             if device.rank == 0:
                 checkpoint.save(config.out_dir, model, optimizer, state, best, config.keep_checkpoints)
             progress.skip_pause()

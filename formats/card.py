@@ -84,6 +84,9 @@ these tokens is strange to it. It continues a prompt, but do not score texts or 
 those, export it with the exact tokenizer, or train with `tokenizer_segmentation="portable"`. Characters without a token
 become "?"."""
 
+COMMITS = """A commit is the state of a dataset on the Hugging Face hub that was read. To get the same text, name it:
+`load_dataset("OWNER/NAME", revision="COMMIT")`."""
+
 LIMITS = """This is a base model: it continues text. It has not been taught to follow instructions, to answer questions,
 to be truthful or to be safe. It is small: most facts that it states are wrong, and it soon loses the thread. It repeats
 errors, biases and private details from its training text. What it writes may be offensive, or be code that does harm
@@ -142,12 +145,16 @@ def training(state: dict) -> str:
     tokens = state["step"] * run["tokens_per_step"]
     text = (f"{state['step']:,} optimizer steps of {run['tokens_per_step']:,} tokens, {tokens:,} tokens in all, in "
             f"{duration(state['seconds'])}, with AdamW.\n\n{table(('setting', 'value'), settings)}")
-    sources = [(name, " ".join(filter(None, (source["dataset"], source["subset"], *source["data_files"]))),
-                f"{source['ratio']:.0%}", f"{source['anneal_ratio']:.0%}")
-               for name, source in run["sources"].items()]
+    commits, sources = state.get("commits", {}), []
+    for name, source in run["sources"].items():
+        data = " ".join(filter(None, (source["dataset"], source["subset"], *source["data_files"])))
+        data += f" at commit {commits[name]}" if name in commits else ""
+        sources.append((name, data, f"{source['ratio']:.0%}", f"{source['anneal_ratio']:.0%}"))
     if sources:
         text += (f"\n\nThe mixture of the training text, and that of the last {run['anneal_fraction']:.0%} of the run:"
                  f"\n\n{table(('source', 'data', 'share', 'share in the anneal'), sources)}")
+    if commits:
+        text += f"\n\n{COMMITS}"
     return text
 
 

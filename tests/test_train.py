@@ -356,6 +356,21 @@ def test_what_a_run_leaves(whole_run):
     assert len(list(whole_run.glob("step_*"))) <= 3  # the two newest and the best
 
 
+def test_a_checkpoint_names_the_commits_of_its_text(tiny, tmp_path, quickstart_data, command):
+    """Those that meta.json has: a card prints them (test_card.py), and the data directory may be gone by then."""
+    shutil.copytree(quickstart_data, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    for name, commit in (("web", "0123456789" * 4), ("code", None)):  # and a preparation of before has none
+        meta["sources"][name]["commit"] = commit
+    del meta["sources"]["math"]["commit"]
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    assert command(*tiny, "--data_dir", "data", "--max_steps=1")[0] == 0
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "out/quickstart"))["commits"] == {"web": "0123456789" * 4}
+    meta["sources"]["web"]["commit"] = 7
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    refused(command(*tiny, "--data_dir", "data", "--overwrite"), "meta.json is damaged", "commit")
+
+
 def test_micro_batches_do_not_change_the_run(tiny, tmp_path, command):
     """One forward pass of 8 sequences, or accumulation over passes of 3, 3 and 2: the same losses to FP32 rounding."""
     for size in (8, 3):

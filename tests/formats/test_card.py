@@ -37,6 +37,7 @@ def test_card(rng, command, tmp_path):
     state = json.loads(state_file.read_text())
     for source in sources.values():
         source |= {"subset": None, "data_files": ["a.txt"], "anneal_ratio": 0.5}
+    state["commits"] = {"web": "0123456789" * 4}
     state["config"] |= {"sources": sources, "learning_rate": 0.00321, "seed": 97, "name": "my model"}
     state_file.write_text(json.dumps(state))
     steps = sorted(rng.sample(range(1, 1200), rng.randrange(40))) + [1200, 1300]  # the last is past the checkpoint
@@ -69,7 +70,8 @@ def test_card(rng, command, tmp_path):
     assert "1,200 optimizer steps of 32 tokens, 38,400 tokens in all, in 65 s" in training
     settings = tables(training)
     assert settings["`learning_rate`"] == ["0.00321"] and settings["`seed`"] == ["97"]
-    assert settings["web"] == ["some/web a.txt", "75%", "50%"] and settings["code"] == ["some/code a.txt", "25%", "50%"]
+    assert settings["web"] == [f"some/web a.txt at commit {'0123456789' * 4}", "75%", "50%"]
+    assert settings["code"] == ["some/code a.txt", "25%", "50%"] and training.count("revision=") == 1
 
     assert card.startswith("---\nlicense: mit\n") and "# my model\n" in card and "1.2345 bits per byte" in card
     assert section(card, "Licence").strip().startswith("mit.")
@@ -92,6 +94,7 @@ def test_card_without_evaluations(rng, command, exported, tmp_path):
     """Where nothing was measured the card has no evaluation; an import's names its origin, and no training."""
     card = (exported / "hf" / "README.md").read_text(encoding="utf-8")
     assert section(card, "Evaluation") is None and section(card, "Training") and "curves.png" not in card
+    assert "commit" not in section(card, "Training")
     assert "from scratch" in card
     assert command("--from", exported / "hf", "--out", "back")[0] == 0
     for format in ("hf", "int8"):
