@@ -74,6 +74,7 @@ def write_onnx(folder: Path, model: Llama) -> str:
     try:
         import onnx
         import onnxscript  # noqa: F401 (torch.onnx.export needs it; this says so in one line if it is missing)
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     except ImportError as error:
         raise BadInput(f"ONNX needs {error.name}: pip install {error.name}") from error
     folder.mkdir()
@@ -93,6 +94,7 @@ def write_onnx(folder: Path, model: Llama) -> str:
                             [{0: batch, 2: behind}] * len(past)))
     # This axis is the sum of two others. torch finds that out by itself, but does not let us name it.
     program.model.graph.inputs[1].shape[1] = "past_sequence_length + sequence_length"
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces, with the paths of this machine's files
     program.save(path, external_data=False)
     onnx.checker.check_model(path)
     try:

@@ -17,7 +17,7 @@ import tokenizer
 from config import Config
 from decoding.generate import generate
 from model import Llama, ModelConfig
-from tests.commands import refused
+from tests.commands import ROOT, refused
 from tokenizer import portable
 
 onnx = pytest.importorskip("onnx")
@@ -124,6 +124,14 @@ def test_folder(exported):
     # A tied head is stored once.
     numbers = sum(math.prod(tensor.dims) for tensor in graph.graph.initializer)
     assert model.num_parameters() <= numbers < model.num_parameters() + 2 * CONTEXT * model.config.head_dim + 1000
+
+
+def test_no_path_of_this_machine(exported):
+    """The graph says what it computes, not which lines of whose code it was made of."""
+    data = (exported[0] / "onnx/model.onnx").read_bytes()
+    for place in (ROOT, torch.__file__, sys.prefix, exported[0]):
+        assert str(place).encode() not in data
+    assert b"stack_trace" not in data and b"onnx.py" not in data
 
 
 def test_transformers_reads_tokenizer_and_config(exported, rng):
