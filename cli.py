@@ -45,8 +45,10 @@ def spell_out(cls: type, argv: list[str]) -> list[str]:
     return spelled
 
 
-def parse(cls: type[Options], argv: list[str], default: Options | None = None) -> Options:
+def parse(cls: type[Options], argv: list[str], default: Options | None = None, command: str | None = None) -> Options:
     """Make a `cls` (a dataclass) from the command line `argv`. Fields that it does not name come from `default`.
+
+    `command` is what people type to run it, which --help shows; if None, the name of the script.
 
     Raises BadInput with tyro's own message on one line; it suggests the nearest option that exists.
     """
@@ -55,7 +57,7 @@ def parse(cls: type[Options], argv: list[str], default: Options | None = None) -
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(cls, args=spell_out(cls, argv), default=default, use_underscores=True,
+            return tyro.cli(cls, args=spell_out(cls, argv), prog=command, default=default, use_underscores=True,
                             config=(tyro.conf.FlagConversionOff,))
     except SystemExit as stop:
         if not stop.code:  # --help

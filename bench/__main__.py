@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     if name not in SECTIONS:
         raise BadInput(f"there is no section {name}; there are {', '.join(SECTIONS)}")
     section = importlib.import_module(f"bench.{name}")  # here, as most import torch, and a line of help should not
-    options = parse(section.Options, rest)
+    options = parse(section.Options, rest, command=f"python -m bench {name}")
     header, rows = section.measure(options)
     bench.show(header, rows, options.markdown)
     return 0

@@ -26,7 +26,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv)
+    options = parse(Options, argv, command="python -m tokenizer")
     return 1 if check(options.vocab, options.files) else 0
 
 

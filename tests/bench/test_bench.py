@@ -32,6 +32,7 @@ def test_refused(tmp_path):
 def test_options_of_a_section(section, in_process):
     """Each tells of its own options, and refuses those of another section."""
     code, out, err = in_process(main, section, "--help")
+    assert out.startswith(f"usage: python -m bench {section} [")
     options = [f"--{field.name}" for field in fields(importlib.import_module(f"bench.{section}").Options)]
     assert code == 0 and not err and "--markdown" in options and all(option in out for option in options)
     foreign = FOREIGN[section]

@@ -38,6 +38,12 @@ def test_check(package, tmp_path):
     assert len(out) == 2 and "text.txt:5: after" in out[0] and "1 differ" in out[1]
 
 
+def test_help(tmp_path):
+    """It says what to type."""
+    code, out, err = run_module("tokenizer", "--help", cwd=tmp_path)
+    assert code == 0 and not err and out.startswith("usage: python -m tokenizer [-h] {check} ")
+
+
 def test_check_that_cannot_be_made(package, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("text")
