@@ -33,7 +33,7 @@ from data import tokens_needed
 from run import duration
 from sources.embedded import QUIZZES
 from sources.files import is_local, kind_of
-from sources.streams import Notes, embedded_documents, is_embedded, is_remote, open_stream, patiently
+from sources.streams import Notes, embedded_documents, is_embedded, is_remote, open_stream, read_patiently
 from sources.workers import KEPT, LEFT_OUT, tokenized, worker_pool
 from tokenizer import Tokenizer
 
@@ -285,8 +285,8 @@ def fill(config: Config, progress: dict, needed: dict[str, float]):
                               (counts["train"]["tokens"], needed[name]))
                 if have < goal and not counts["exhausted"]:
                     open_ = partial(open_stream, source, texts[name], counts, notes[name])
-                    chunks = patiently(name, source, open_, start_of(name, source, counts), online, stop.check,
-                                       notes[name])
+                    chunks = read_patiently(name, source, open_, start_of(name, source, counts), online, stop.check,
+                                            notes[name])
                     preparation.write(name, split, tokenized(chunks, pool, source), goal, unwanted)
                     online = online or is_remote(source)
                 if not counts[split]["tokens"] and (goal or split == "val"):

@@ -23,6 +23,7 @@ from formats.peers import compare_logits
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, TokenizerJson
 from tokenizer.delimiters import Beside
+from tokenizer.hub import patiently
 
 FILES = ["*.json", "*.safetensors", "*.vocab", "pytorch_model*.bin"]
 UNUSED = ["adapter*", "consolidated*", "*/*"]
@@ -36,7 +37,7 @@ def find_folder(name: str) -> Path:
         raise BadInput(f"there is no folder {name}")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=UNUSED))
+        return Path(patiently(lambda: snapshot_download(name, allow_patterns=FILES, ignore_patterns=UNUSED), name))
     except Exception as error:  # no library, no network or no such repository
         raise BadInput(f"there is no folder {name}, and it cannot be downloaded from the hub "
                        f"({brief(error)})") from error

@@ -39,7 +39,7 @@ def rows(file: File, column: str, sample_by: str, at: int, line: int) -> Rows:
     except BadInput:
         raise
     except Exception as error:
-        if "://" in file.path:  # the network's, maybe: streams.patiently knows
+        if "://" in file.path:  # the network's, maybe: streams.read_patiently knows
             raise
         raise BadInput(f"{file.path}: {brief(error)}") from error
 

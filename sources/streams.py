@@ -26,9 +26,9 @@ from config import Source
 from sources import embedded
 from sources.files import READERS, File, Listing, as_file, below, find_files, is_local, some
 from sources.readers import BadRow, rows
+from tokenizer.hub import Patience, is_network_error, status_of
 
 CHUNK = 500_000  # characters that a worker gets at a time: a tenth of a second's work
-WAITS = (2, 10, 30, 120)  # seconds before each new attempt after a network error
 BAD_IN_A_ROW = 100  # rows that cannot be used are no odd ones any more
 
 
@@ -310,42 +310,6 @@ def read(stream: TextStream | FileStream | LibraryStream, source: Source, positi
 # The network
 
 
-def status_of(error: BaseException | None) -> int | None:
-    """The status with which a server has answered, as the error or one that caused it says."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        status = getattr(response, "status_code", getattr(error, "status", None))  # httpx's and requests'; aiohttp's
-        if isinstance(status, int):
-            return status
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def was_reached(error: BaseException | None) -> bool:
-    """Whether a server was there when this error came: it has answered, or taken the call and dropped it."""
-    dropped = {"ConnectionResetError", "RemoteDisconnected", "ReadError", "ReadTimeout", "RemoteProtocolError",
-               "ServerDisconnectedError", "IncompleteRead"}  # in the libraries in use over the years
-    return error is not None and (status_of(error) is not None or type(error).__name__ in dropped
-                                  or was_reached(error.__cause__ or error.__context__))
-
-
-def is_network_error(error: BaseException | None) -> bool:
-    """Whether trying again later may help: after a lost connection or a server in trouble, not a wrong name or address.
-
-    The error itself may say so, or the one that caused it: the libraries in between give it other names.
-    """
-    if error is None:
-        return False
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", getattr(error, "status", None))  # httpx's and requests'; aiohttp's
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in (408, 429)
-    libraries = ("httpx", "httpcore", "aiohttp", "requests", "urllib3", "asyncio")  # those in use over the years
-    return (isinstance(error, (ConnectionError, TimeoutError))
-            or any(base.__module__.startswith(libraries) for base in type(error).__mro__)
-            or is_network_error(error.__cause__ or error.__context__))
-
-
 def advice(source: Source, error: BaseException) -> str:
     """What to do about a source that a server refuses."""
     page = f"huggingface.co/datasets/{source.dataset}"
@@ -358,20 +322,19 @@ def advice(source: Source, error: BaseException) -> str:
     return ""
 
 
-def patiently(name: str, source: Source, open_: Callable, position: list, online: bool,
-              check_stop: Callable[[], None], notes: Notes) -> Iterator[tuple[list[str | None], list, list]]:
-    """`read`, and after a network error `read` again from the place it had reached.
+def read_patiently(name: str, source: Source, open_: Callable, position: list, online: bool,
+                   check_stop: Callable[[], None], notes: Notes) -> Iterator[tuple[list[str | None], list, list]]:
+    """`read`, and after a network error `read` again from the place it had reached, as long as `Patience` lasts.
 
-    It waits for each of WAITS in turn, and starts over with the first once something arrives. Raises BadInput, in one
-    line, when the waits are used up, or at once if this process has not had a network yet (`online` says whether it
-    has; a server that answers, even with an error, is one). Anything else that keeps a source from being read is a
-    BadInput too.
+    Raises BadInput, in one line, when it is used up, or at once if this process has not had a network yet (`online`
+    says whether it has). Anything else that keeps a source from being read is a BadInput too.
     """
-    attempt = 0
+    patience = Patience(online)
     while True:
         try:
             for chunk in read(open_(), source, position, notes):
-                online, attempt, position = True, 0, chunk[2]
+                patience.arrived()
+                position = chunk[2]
                 yield chunk
             return
         except BadInput as error:
@@ -381,14 +344,13 @@ def patiently(name: str, source: Source, open_: Callable, position: list, online
             if not is_network_error(error):
                 raise BadInput(f"source {name}, {source.dataset}, cannot be read: {reason}{advice(source, error)}"
                                ) from error
-            online = online or was_reached(error)
-            if not online or attempt == len(WAITS):
+            seconds = patience.seconds(error)
+            if seconds is None:
                 here = "" if source.dataset in READERS else f"there is no folder {source.dataset} here, and "
                 raise BadInput(f"source {name}, {source.dataset}, cannot be reached: {here}{reason}. Run the same "
                                f"command again when there is a network; the quickstart, python prepare.py, needs "
                                f"none") from error
-            tqdm.write(f"  {name}: {reason}; trying again in {WAITS[attempt]} s")
-            for _ in range(WAITS[attempt]):
+            tqdm.write(f"  {name}: {reason}; trying again in {seconds} s")
+            for _ in range(seconds):
                 time.sleep(1)
                 check_stop()
-            attempt += 1

@@ -11,7 +11,6 @@ from scratch in tokenmonster.py, and "tokenizer.json" files, for which the `toke
 Here is how a vocabulary is found by its name.
 """
 
-import contextlib
 import hashlib
 import os
 import re
@@ -19,7 +18,8 @@ from pathlib import Path
 
 from cli import BadInput, brief
 from tokenizer import portable
-from tokenizer.delimiters import FILES, Beside
+from tokenizer.delimiters import Beside
+from tokenizer.hub import download
 from tokenizer.huggingface import TokenizerJson
 from tokenizer.interface import Tokenizer, TokenMonster
 from tokenizer.tokenmonster import MAX_FILE, VocabularyError
@@ -110,25 +110,3 @@ def find(name_or_path: str | Path) -> Path:
         return download(name, "tokenizer.json", "give its path as the tokenizer")
     raise BadInput(f"{name}: no such vocabulary; give a .vocab or tokenizer.json file, or put one at "
                    f"vocabs/NAME.vocab, or choose from {', '.join(VOCABULARIES)}")
-
-
-def download(repository: str, file: str, otherwise: str) -> Path:
-    """The path, in the hub's cache, of a file of a repository. If it is there already, the hub is not asked.
-
-    Raises BadInput, saying what to do `otherwise`.
-    """
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line says it all, not one for each attempt
-    try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # here, as it takes a while to import
-        cached = try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return Path(cached)
-        path = Path(hf_hub_download(repo_id=repository, filename=file))
-    except Exception as error:  # no library, no network, no such file: the way out is the same
-        raise BadInput(f"{file} of {repository} cannot be downloaded ({brief(error)}); get it from "
-                       f"huggingface.co/{repository} and {otherwise}. The quickstart needs no download: "
-                       f"python prepare.py") from None
-    for beside in FILES if file == "tokenizer.json" else ():  # they say which token ends a text
-        with contextlib.suppress(Exception):  # a repository may lack some
-            hf_hub_download(repo_id=repository, filename=beside)
-    return path

@@ -2,8 +2,10 @@
 only what is another model; a damaged file is refused in one line. These tests also run with transformers 4.46."""
 import json
 import shutil
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -167,6 +169,25 @@ def test_documents_that_begin_with_a_token(rng, command, small):
     vocabulary = checkpoint.open_trained(Path("alone")).vocabulary
     assert (vocabulary.eos_id, vocabulary.bos_id) == (0, 0)
     assert importer.tokenizer.load("run/tokenizer.json").eos_token == "<s>"  # for text that is prepared for this model
+
+
+def test_a_hub_in_trouble(capsys, tmp_path, monkeypatch):
+    """An import waits for a server that drops the call, and gives up at once where there is none."""
+    calls = iter([ConnectionResetError("reset"), TimeoutError("no answer"), None])
+
+    def snapshot_download(name, **patterns):
+        if error := next(calls):
+            raise error
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert importer.find_folder("owner/model") == tmp_path
+    assert capsys.readouterr().err.splitlines() == ["owner/model: reset; trying again in 2 s",
+                                                    "owner/model: no answer; trying again in 10 s"]
+    calls = iter([OSError("no route to host")])
+    with pytest.raises(BadInput, match="there is no folder owner/model, and it cannot be downloaded"):
+        importer.find_folder("owner/model")
 
 
 @pytest.mark.parametrize("config, eos", [({"eos_token_id": 2}, 2), ({"eos_token_id": [2, 0]}, 2), ({}, 1),

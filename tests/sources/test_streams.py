@@ -15,10 +15,11 @@ import pytest
 
 from cli import BadInput
 from config import Source
-from sources.streams import clean_text, is_network_error
+from sources.streams import clean_text
 from tests.commands import ROOT, refused, run
 from tests.hub import Hub
 from tests.sources.texts import HELD_OUT, Text, expected, make, preset, result, two_sources, write_parquet, write_shards
+from tokenizer.hub import is_network_error
 
 # -----------------------------------------------------------------------------
 # cleaning
