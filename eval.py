@@ -13,7 +13,6 @@ whatever precision the model runs in.
 """
 
 import math
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,14 +26,13 @@ import torch.nn.functional as F
 import backend
 import checkpoint
 import suite
-from checkpoint import CONFIG
-from cli import BadInput, brief, is_positive, parse, parse_json, script
+from cli import BadInput, brief, parse, parse_json, script
 from config import Source
 from data import META
 from decoding import compiled
 from formats import peers
-from model import Llama, ModelConfig
-from run import mixed, read_metrics
+from model import Llama
+from run import draw_runs, mixed, read_run
 from sources.streams import clean_text
 from tokenizer import Tokenizer
 
@@ -349,53 +347,17 @@ def report(subject: Subject, documents: dict[str, list[Document]], sources: dict
 # Runs side by side
 
 
-LOGGED = CONFIG | {"block_size": is_positive, "tokens_per_step": is_positive}  # what a run's config.json must say
-
-
-def read_run(run: Path) -> dict:
-    """A run's parameters, and its evaluations over tokens and FLOPs. Raises BadInput if it has none."""
-    try:
-        config = parse_json((run / "config.json").read_bytes(), LOGGED)
-        with torch.device("meta"):  # shapes without numbers
-            model = Llama(ModelConfig(**config["model"]))
-        flops = model.flops_per_token(config["block_size"])
-        metrics = read_metrics(run / "metrics.jsonl", sys.maxsize)
-        evaluations = [entry for entry in metrics if "val_bits_per_byte" in entry]
-        tokens = [entry["step"] * config["tokens_per_step"] for entry in evaluations]
-    except FileNotFoundError as error:
-        raise BadInput(f"{run} is no run of train.py: there is no {error.filename}") from None
-    except BadInput:
-        raise
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{run / 'config.json'} is damaged: {brief(error)}") from error
-    if not evaluations:
-        raise BadInput(f"{run} has not been evaluated yet: its metrics.jsonl has no held-out loss")
-    return {"name": run.name, "parameters": model.num_parameters(), "tokens": tokens,
-            "flops": [count * flops for count in tokens],
-            "bits_per_byte": [entry["val_bits_per_byte"] for entry in evaluations]}
-
-
 def compare(runs: list[Path], picture: Path):
     """Print one table of the runs and draw one picture: bits per byte over tokens and over FLOPs.
 
     Each run's figures are of its own held-out text, so they compare only runs on the same data.
     """
-    from matplotlib.figure import Figure  # imported here because it takes half a second
-
     logged = [read_run(run) for run in runs]
     print(f"{'run':24} {'parameters':>12} {'tokens':>15} {'FLOPs':>9} {'bits per byte':>14} {'best':>7}")
     for run in logged:
         print(f"{run['name']:24} {run['parameters']:12,} {run['tokens'][-1]:15,} {run['flops'][-1]:9.2e} "
               f"{run['bits_per_byte'][-1]:14.4f} {min(run['bits_per_byte']):7.4f}")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, unit, label in zip(figure.subplots(1, 2, sharey=True), ("tokens", "flops"), ("tokens", "FLOPs")):
-        for run in logged:
-            axes.plot(run[unit], run["bits_per_byte"], marker=".", label=run["name"])
-        axes.set(xlabel=label, xscale="log", ylabel="held-out bits per byte")
-        axes.grid(alpha=0.3)
-    axes.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, format="png", dpi=110)
+    draw_runs(logged, picture)
     print(f"{picture} shows them")
 
 

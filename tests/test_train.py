@@ -26,7 +26,7 @@ import train
 from cli import BadInput
 from config import Config, load
 from data import Batches, read_meta
-from run import changes, earlier_checkpoint, mixed, read_metrics
+from run import changes, earlier_checkpoint, mixed, read_metrics, read_run
 from tests.commands import metrics, refused, run, start
 
 # Small enough for a step in milliseconds; with the curriculum, accumulation and every source in play.
@@ -260,8 +260,8 @@ def read_data(config, recipe):
 READERS = {
     "state.json": read_state, "latest": read_state, "meta.json": read_data, "math_val.bin": read_data,
     "metrics.jsonl": lambda config, recipe: (read_metrics(config.out_dir / "metrics.jsonl", 30),
-                                             eval.read_run(config.out_dir)),
-    "config.json": lambda config, recipe: eval.read_run(config.out_dir),
+                                             read_run(config.out_dir)),
+    "config.json": lambda config, recipe: read_run(config.out_dir),
     "progress.json": lambda config, recipe: prepare.earlier_progress(config.data_dir, recipe),
     "quiz.jsonl": lambda config, recipe: sample.read_quiz(config.data_dir / "quiz.jsonl")}
 
