@@ -9,10 +9,12 @@ one. The weights have Hugging Face's parameter names. Nothing is pickled.
 """
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +28,11 @@ from safetensors.torch import save as to_bytes
 import tokenizer
 from backend import Backend
 from cli import BadInput, brief, is_count, is_number, is_positive, parse_json
+from decoding.narrow import columns, dequantize
 from model import Llama, ModelConfig
-from quant_t4 import dequantize
 from tokenizer import Tokenizer
+
+VOCABULARY = "vocabulary"  # the tensor of a bundle that is the vocabulary's file
 
 
 def write(path: Path, data: bytes):
@@ -266,11 +270,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path} is missing or damaged: {brief(error)}") from error
 
 
-def read_weights(step_dir: Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, by name. Raises BadInput if their file is missing or damaged."""
+def read_weights(step_dir: Path, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint for parameters of these shapes, by name. Raises BadInput if their file is missing or
+    damaged."""
     path = step_dir / "model.safetensors"
     try:
-        return dequantize(read_tensors(path))
+        return dequantize(read_tensors(path), shapes)
     except RuntimeError as error:  # scales that do not fit
         raise BadInput(f"{path} is damaged: {brief(error)}") from error
 
@@ -320,7 +325,8 @@ def load(step_dir: Path, model: Llama, optimizer: torch.optim.Optimizer | None =
     of another shape.
     """
     state = read_state(step_dir)
-    fill(model, read_weights(step_dir), f"{step_dir} holds another model", "use the config that it was trained with")
+    weights = read_weights(step_dir, model.config.shapes())
+    fill(model, weights, f"{step_dir} holds another model", "use the config that it was trained with")
     if optimizer is not None:
         fill_moments(optimizer, dict(model.named_parameters()), step_dir / "optimizer.safetensors")
     return state
@@ -342,15 +348,13 @@ def check_shape(step_dir: Path, shape: ModelConfig):
     path = step_dir / "model.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
-                      if not name.endswith(".weight_scale")}
+            slices = {name: file.get_slice(name) for name in file.keys() if not name.endswith(".weight_scale")}
+            theirs = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            nibbles = {name for name, part in slices.items() if part.get_dtype() == "U8"}  # INT4
     except (SafetensorError, FileNotFoundError) as error:
         raise BadInput(f"{path} is missing or damaged: {brief(error)}") from error
-    if shape.num_hidden_layers > len(theirs):  # even the shapes of a thousand layers take seconds
-        raise BadInput(f"{step_dir} holds {len(theirs)} tensors, and its state.json asks for {shape.num_hidden_layers} "
-                       f"layers; one of the two is damaged")
-    with torch.device("meta"):  # shapes without numbers
-        ours = shapes(dict(Llama(shape).named_parameters()))
+    ours = shape.shapes()
+    theirs |= {name: columns(theirs[name], ours[name]) for name in nibbles & ours.keys()}
     compare(ours, theirs, f"{step_dir} holds another model than its state.json says", "one of the two is damaged")
 
 
@@ -389,6 +393,8 @@ def open_trained(path: Path | None = None, which: str = "best", device: Backend 
     The model gets the shape that was saved with it. It goes to `device` and uses that device's attention kernel; with
     None it stays on the CPU. Raises BadInput as `find`, `load` and `load_tokenizer` do.
     """
+    if path is not None and path.suffix == ".safetensors":
+        return open_bundle(path, device)
     step_dir = find(path or newest_run(), which)
     shape = read_shape(step_dir, read_state(step_dir))
     check_shape(step_dir, shape)
@@ -399,3 +405,20 @@ def open_trained(path: Path | None = None, which: str = "best", device: Backend 
     if device is not None:
         model.to(device.device).run_with(device.attention())
     return Trained(step_dir, model, vocabulary, state)
+
+
+def open_bundle(path: Path, device: Backend | None) -> Trained:
+    """Open a bundle (formats/packed.py): one file with the weights, state.json and the vocabulary. As open_trained."""
+    tensors = read_tensors(path)
+    try:
+        with safe_open(path, "pt") as file:
+            state = parse_json(file.metadata()["state"].encode(), {"config": {"tokenizer": str}})
+        vocabulary, name = tensors.pop(VOCABULARY).numpy().tobytes(), Path(state["config"]["tokenizer"]).name
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is no bundle of export.py --format bundle: {brief(error)}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        for file, data in (("model.safetensors", to_bytes(tensors)), (name, vocabulary),
+                           ("state.json", json.dumps(state).encode())):
+            (Path(folder) / file).write_bytes(data)
+        trained = open_trained(Path(folder), "latest", device)
+    return dataclasses.replace(trained, step_dir=path)

@@ -29,7 +29,7 @@ import suite
 from cli import BadInput, brief, parse, parse_json, script
 from config import Source
 from data import META
-from decoding import compiled
+from decoding.narrow import narrow
 from formats import peers
 from model import Llama
 from run import draw_runs, mixed, read_run
@@ -79,10 +79,8 @@ class Options:
     """Where --compare saves its picture."""
     backend: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on."""
-    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
-    """Precision of the matrix products. int8 keeps our model's weights in INT8, as sample.py --dtype int8 does."""
-    int8_activations: bool = False
-    """With int8, also round what the weights are multiplied with."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+    """Precision of the matrix products. int8 and int4 round our model's weights, as sample.py does with this option."""
 
     def __post_init__(self):
         """Raises ValueError, in one line, for values out of range and options that exclude each other."""
@@ -91,10 +89,8 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (self.tasks or self.limit or self.include_path) and not self.benchmarks:
             raise ValueError("tasks, limit and include_path are for benchmarks: add --benchmarks")
-        if self.dtype == "int8" and (self.hf or self.benchmarks):
-            raise ValueError("dtype int8 is for our own models and texts: leave out --hf and --benchmarks")
-        if self.int8_activations and self.dtype != "int8":
-            raise ValueError("int8_activations is for --dtype int8")
+        if self.dtype in ("int8", "int4") and (self.hf or self.benchmarks):
+            raise ValueError(f"dtype {self.dtype} is for our own models and texts: leave out --hf and --benchmarks")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -365,12 +361,13 @@ def main(argv: list[str]) -> int | None:
     options = parse(Options, argv)
     if options.compare:
         return compare(options.compare, options.picture)
-    device = backend.pick(options.backend, "fp32" if options.dtype == "int8" else options.dtype, tpu=False)
+    rounded = options.dtype in ("int8", "int4")
+    device = backend.pick(options.backend, "fp32" if rounded else options.dtype, tpu=False)
     trained = checkpoint.open_trained(options.checkpoint, options.which, device)
     if options.benchmarks:
         return suite.run(trained, options, device)
-    if options.dtype == "int8":
-        compiled.narrow(trained.model, "int8", options.int8_activations)
+    if rounded:
+        narrow(trained.model, options.dtype)
 
     config = trained.state["config"]
     if options.text:

@@ -65,6 +65,7 @@ class ModelConfig:
         for name, least in (("rms_norm_eps", 0), ("rope_theta", 1e-9), ("initializer_range", 0)):
             if not least <= getattr(self, name) <= 1e30:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r:.25}; it must be a number, at least {least}")
+            setattr(self, name, float(getattr(self, name)))  # JSON may hold a whole number, too long for torch
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(f"model.hidden_size {self.hidden_size} does not divide into "
@@ -79,6 +80,18 @@ class ModelConfig:
         for block in self.fp32_blocks:
             if not -self.num_hidden_layers <= block < self.num_hidden_layers:
                 raise ValueError(f"model.fp32_blocks names block {block}, and there are {self.num_hidden_layers}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, by name. No model is made for that: it might not fit."""
+        V, C, inner = self.vocab_size, self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        block = {"input_layernorm": (C,), "self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C),
+                 "self_attn.v_proj": (kv, C), "self_attn.o_proj": (C, q), "post_attention_layernorm": (C,),
+                 "mlp.gate_proj": (inner, C), "mlp.up_proj": (inner, C), "mlp.down_proj": (C, inner)}
+        layers = {f"model.layers.{i}.{name}": block[name] for i in range(self.num_hidden_layers) for name in block}
+        rest = {"model.embed_tokens": (V, C), "model.norm": (C,)} | ({} if self.tie_word_embeddings else
+                                                                    {"lm_head": (V, C)})
+        return {f"{name}.weight": shape for name, shape in (rest | layers).items()}
 
 
 class RMSNorm(nn.Module):
@@ -110,8 +123,7 @@ def apply_rope(x, cos, sin):
     """Rotate x (B, H, T, D) by its positions; cos and sin are (T, D/2).
 
     The two members of a pair stand half a head apart, as in HF's weights, so exports and imports permute nothing. The
-    products are FP32, like the tables: bf16 has eight significant bits, too few to tell position 4,000 from its
-    neighbours.
+    products are FP32, like the tables: bf16's eight bits do not tell position 4,000 from its neighbours.
     """
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
@@ -133,37 +145,27 @@ def causal_attention(q, k, v, mask=None):
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers of `max_length` positions, made at first use.
 
-    Each layer's buffer takes the dtype of its first keys, so FP32 blocks keep FP32 keys under autocast. Attention reads
-    only the filled part, rounded up to a multiple of `grain`. With a coarse grain a compiled model meets few different
-    lengths; positions that are not filled yet are masked.
+    Each layer's buffer takes the dtype of its first keys, so FP32 blocks keep FP32 keys under autocast.
     """
 
-    def __init__(self, max_length: int, device: torch.device | None = None, grain: int = 1):
-        self.max_length, self.grain = max_length, grain
-        self.length = 0  # positions filled in every layer; lower it to forget the newest tokens
-        self.steps = torch.arange(math.ceil(max_length / grain) * grain, device=device)
-        self.keys, self.values = {}, {}
+    def __init__(self, max_length: int):
+        self.max_length, self.length = max_length, 0  # positions filled in every layer; lower it to forget the newest
+        self.keys, self.values = {}, {}  # layer -> (B, K, max_length, D)
 
     def advance(self, count: int):
-        """Prepare for the next `count` tokens: they go to `positions` (T,), and attention will read `read` (S,)."""
+        """Prepare for the next `count` tokens: they go to `positions`, a slice."""
         start, self.length = self.length, self.length + count
-        self.positions = self.steps[start:self.length]
-        self.read = self.steps[:math.ceil(self.length / self.grain) * self.grain]
+        self.positions = slice(start, self.length)
 
     def extend(self, layer: int, k, v):
-        """Store k and v (B, K, T, D) at `positions`. Returns keys and values to read, (B, K, S, D) each, and a mask.
-
-        The mask (T, S) says who sees whom. With a grain of 1 it is None: all that is read is filled, so T and S decide.
-        """
+        """Store k and v (B, K, T, D). Returns all keys and values so far, (B, K, S, D) each, and no mask."""
         if layer not in self.keys:
             B, K, _, D = k.shape
-            self.keys[layer] = k.new_zeros(B, K, len(self.steps), D)
-            self.values[layer] = v.new_zeros(B, K, len(self.steps), D)
-        S = self.read.size(0)
-        self.keys[layer].index_copy_(2, self.positions, k)
-        self.values[layer].index_copy_(2, self.positions, v)
-        mask = self.read <= self.positions[:, None] if self.grain > 1 else None  # (T, S)
-        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], mask
+            self.keys[layer] = k.new_zeros(B, K, self.max_length, D)
+            self.values[layer] = v.new_zeros(B, K, self.max_length, D)
+        self.keys[layer][:, :, self.positions] = k
+        self.values[layer][:, :, self.positions] = v
+        return self.keys[layer][:, :, :self.length], self.values[layer][:, :, :self.length], None
 
     def repeat(self, count: int):
         """Copy what is kept `count` times, for sequences that begin alike and go on differently."""
@@ -327,8 +329,8 @@ class Llama(nn.Module):
         return logits, loss
 
     def new_cache(self, length: int) -> KVCache:
-        """An empty KVCache for texts of `length` tokens, on the model's device."""
-        return KVCache(length, self.model.cos.device)
+        """An empty KVCache for texts of `length` tokens."""
+        return KVCache(length)
 
     def run_with(self, attention: Callable, recompute: Callable | None = None):
         """Use `attention` in place of causal_attention: (q, k, v, mask) -> y, same shapes. And train with

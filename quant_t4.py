@@ -213,11 +213,3 @@ def quantize_for_export(model: Llama) -> dict[str, tuple[torch.Tensor, torch.Ten
     """
     return {name: quantize(module.weight.detach())
             for name, module in model.named_modules() if isinstance(module, Int8LinearT4) and module.quantize_weight}
-
-
-def dequantize(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file with FP32 weights in place of the INT8 ones that export.py may have written:
-    `name` (out, in) int8 and `name_scale` (out, 1) become `name` FP32."""
-    scales = {name.removesuffix("_scale"): scale for name, scale in weights.items() if name.endswith(".weight_scale")}
-    return {name: weight * scales[name] if name in scales else weight
-            for name, weight in weights.items() if not name.endswith(".weight_scale")}

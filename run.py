@@ -90,8 +90,8 @@ def check_memory(config: Config, device: Backend):
 
     A GPU has a memory of its own. But the weights are drawn on the CPU.
     """
-    with torch.device("meta"):  # shapes without numbers
-        needed = Llama(config.model).num_parameters() * (16 if device.device.type == "cpu" else 4)
+    parameters = sum(map(math.prod, config.model.shapes().values()))
+    needed = parameters * (16 if device.device.type == "cpu" else 4)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if needed > there:
         raise BadInput(f"a model of this shape needs {needed / 1e9:,.0f} GB of memory, and there are "

@@ -1,7 +1,8 @@
 """Generate text: python sample.py --prompt "..." [--checkpoint out/NAME]
 
 Here are the options, and what is printed: a text while it is being written, a quiz, a conversation. decoding/ makes the
-text: generate.py has the loop, choice.py the filters, compiled.py and speculative.py two ways to make it faster.
+text: generate.py has the loop, choice.py the filters, engine.py a token's step in
+plain loops, speculative.py guesses.
 """
 
 import shlex
@@ -10,18 +11,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 import backend
 import checkpoint
+import decoding
 from cli import BadInput, parse, parse_json, script
-from decoding import compiled, speculative
+from decoding import speculative
 from decoding.choice import Sampler
 from decoding.generate import clean_prompt, generate, generate_batch, prompt_ids
 from model import Llama
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from decoding.engine import Engine
 
 
 @dataclass
@@ -56,14 +61,10 @@ class Options:
     """Ask for one prompt after the other. A line of options (--temperature 0.5) changes them; Ctrl-D ends."""
     backend: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to generate on."""
-    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
-    """Precision of the weights in the matrix products (decoding/compiled.py)."""
-    int8_activations: bool = False
-    """With int8, round what the weights are multiplied with too (dynamic quantization). That is faster for prompts and
-    batches, and works only on a CPU."""
-    compile: bool | None = None
-    """Use torch.compile. The first time it takes seconds for each layer; then it is several times as fast. If None, it
-    is used from --max_new_tokens 4,000 on, or 8,000 with several samples."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] | None = None
+    """Precision of the weights (decoding/narrow.py). If None, fp32, or what an exported checkpoint was rounded to."""
+    threads: int | None = None
+    """Threads to write with at most; as many as there are cores if None."""
     speculative: str | None = None
     """Guess several tokens and check them in one pass. The guesses come from a smaller model with the same vocabulary
     (a run, out/DRAFT), or with "lookup" from what followed the same words earlier in the text."""
@@ -75,14 +76,12 @@ class Options:
         checks = {"max_new_tokens": self.max_new_tokens >= 1, "temperature": self.temperature > 0,
                   "top_k": self.top_k is None or self.top_k >= 1, "top_p": self.top_p is None or 0 < self.top_p <= 1,
                   "repetition_penalty": self.repetition_penalty > 0, "num_samples": self.num_samples >= 1,
-                  "draft_tokens": self.draft_tokens >= 1,
+                  "draft_tokens": self.draft_tokens >= 1, "threads": self.threads is None or self.threads >= 1,
                   "seed": self.seed is None or 0 <= self.seed < 2**63}
         for name, good in checks.items():
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}, which is out of range"
                                  + ("; --greedy takes the likeliest token" if name == "temperature" else ""))
-        if self.int8_activations and self.dtype != "int8":
-            raise ValueError("int8_activations is for --dtype int8")
         if self.interactive and (self.prompt or self.quiz):
             raise ValueError("interactive asks for the prompts: leave out --prompt and --quiz")
         if self.speculative and self.num_samples > 1:
@@ -131,9 +130,9 @@ def note(text: str):
 class Writer:
     """All it takes to write: a model, its tokenizer, what guesses (a model, "lookup" or None), and a generator."""
 
-    model: Llama | compiled.Compiled
+    model: "Llama | Engine"
     vocabulary: Tokenizer
-    draft: Llama | compiled.Compiled | str | None
+    draft: "Llama | Engine | str | None"
     generator: torch.Generator
 
     def continuations(self, options: Options, input_ids: list[int]) -> Iterator[list[int | None]]:
@@ -182,8 +181,7 @@ def converse(options: Options, writer: Writer):
         import readline  # noqa: F401 (with it, input() can edit lines and remembers them)
     except ImportError:
         pass
-    fixed = ("checkpoint", "which", "quiz", "interactive", "backend", "dtype", "int8_activations", "compile",
-             "speculative")
+    fixed = ("checkpoint", "which", "quiz", "interactive", "backend", "dtype", "threads", "speculative")
     note('[type a prompt, or options such as --temperature 0.5; Ctrl-C ends a text, Ctrl-D ends all]')
     while True:
         try:
@@ -211,12 +209,8 @@ def converse(options: Options, writer: Writer):
             note(f"error: {error}")
 
 
-def open_model(path: Path | None, options: Options, device: backend.Backend,
-               lengths: tuple[int, ...]) -> tuple[Llama | compiled.Compiled, Tokenizer]:
-    """A checkpoint's model, as the options ask for it, and its tokenizer. Says on stderr what it has opened.
-
-    If the model gets compiled, it is for inputs of these lengths.
-    """
+def open_model(path: Path | None, options: Options, device: backend.Backend) -> tuple["Llama | Engine", Tokenizer]:
+    """A checkpoint's model, as the options ask for it, and its tokenizer. Says on stderr what it has opened."""
     trained = checkpoint.open_trained(path, options.which, device)
     state, curves = trained.state, checkpoint.run_dir(trained.step_dir) / "curves.png"
     bits = f", {state['bits_per_byte']:.4f} bits per byte held out" if "bits_per_byte" in state else ""
@@ -224,26 +218,25 @@ def open_model(path: Path | None, options: Options, device: backend.Backend,
          + (f"; curves in {curves}]" if curves.is_file() else "]"))
     for remark in trained.vocabulary.notes:
         note(f"[{remark}]")
-    model = compiled.narrow(trained.model, options.dtype, options.int8_activations)
-    pays_from = compiled.COMPILE_FROM if options.num_samples == 1 else compiled.COMPILE_SEVERAL_FROM
-    if options.compile or options.compile is None and options.max_new_tokens >= pays_from:
-        started = time.monotonic()
-        model, reason = compiled.compile(model, options.num_samples, lengths)
-        seconds = time.monotonic() - started
-        note(f"[torch.compile failed, going on without it: {reason}]" if reason else f"[compiled in {seconds:.0f} s]")
+    options.dtype = options.dtype or state.get("rounded_to", "fp32")
+    started = time.monotonic()
+    model, remark = decoding.ready(trained.model, options.dtype, options.threads)
+    if remark:
+        note(f"[{remark}]")
+    if (seconds := time.monotonic() - started) > 2:
+        note(f"[compiled the loops for {options.dtype} in {seconds:.0f} s; the next run finds them on disk]")
     return model, trained.vocabulary
 
 
 def main(argv: list[str]):
     options = parse(Options, argv)
     device = backend.pick(options.backend, "fp32", tpu=False)
-    if options.int8_activations and device.device.type != "cpu":
-        raise BadInput("--int8_activations is for CPUs: add --backend cpu, or leave it out")
+    if options.threads:
+        torch.set_num_threads(min(options.threads, torch.get_num_threads()))
     draft = options.speculative
-    model, vocabulary = open_model(options.checkpoint, options, device,
-                                   (1, options.draft_tokens + 1) if draft else (1,))
+    model, vocabulary = open_model(options.checkpoint, options, device)
     if draft not in (None, "lookup"):
-        draft, theirs = open_model(Path(draft), options, device, (1, 2))
+        draft, theirs = open_model(Path(draft), options, device)
         if theirs.sha256 != vocabulary.sha256:
             raise BadInput(f"--speculative {options.speculative}: it has another vocabulary ({theirs.name}) than the "
                            f"model ({vocabulary.name})")

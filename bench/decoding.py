@@ -1,5 +1,7 @@
-"""Writing tokens, eager and compiled, one text and several at once, next to transformers and llama.cpp."""
+"""Writing tokens, one text and several at once, next to transformers and llama.cpp."""
 
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,9 +14,7 @@ import backend
 from backend import Backend
 from bench import Row, Table, TimedOptions, alternate
 from bench.machine import describe, reading_time
-from bench.models import TYPES, Contestant, llama_cpp, named, narrowed, next_to_peers, transformers_llama
-from cli import BadInput
-from decoding import compiled
+from bench.models import BYTES, Contestant, Model, llama_cpp, named, next_to_peers, transformers_llama, writer
 from decoding.choice import GREEDY, Sampler
 from decoding.generate import generate_batch
 from model import Llama
@@ -30,6 +30,8 @@ class Options(TimedOptions):
     """Name of the config whose shape is run."""
     samples: int = 8
     """Texts to write at once."""
+    busy: bool = False
+    """Measure only this: what is left of one thread's speed, in INT8, beside a process that keeps one core busy."""
 
 
 @dataclass
@@ -42,8 +44,7 @@ class Task:
     count: int
     samples: int
 
-    def writing(self, model: Llama | compiled.Compiled, texts: int = 1,
-                sampler: Sampler = GREEDY) -> Callable[[], object]:
+    def writing(self, model: Model, texts: int = 1, sampler: Sampler = GREEDY) -> Callable[[], object]:
         """A function that has the model write them."""
         return lambda: list(generate_batch(model, self.prompt, texts, self.count, sampler))
 
@@ -55,41 +56,22 @@ class Task:
                     "min_new_tokens": self.count, "max_new_tokens": self.count}
         return {"transformers, FP32": Contestant(lambda: peer.generate(ids, **settings), "FP32")}
 
-    def eager_runs(self, dtype: str, int8_activations: bool = False) -> dict[str, Contestant]:
-        """Our model as it is, with weights of a type."""
-        model, precision = narrowed(self.plain, dtype, self.device, int8_activations), dtype.upper()
-        name = f"eager, {precision}{' inputs too' if int8_activations else ''}"
-        return {name: Contestant(self.writing(model), precision),
+    def our_runs(self, dtype: str) -> dict[str, Contestant]:
+        """Our model with weights of a type: one text, greedy and with filters, and several."""
+        precision, start = dtype.upper(), time.perf_counter()
+        model = writer(self.plain, dtype, self.device)
+        ready = time.perf_counter() - start
+        name = f"ours, {precision}"
+        return {name: Contestant(self.writing(model), precision, 1, ready),
+                f"{name}, with filters": Contestant(self.writing(model, sampler=FILTERS), precision),
                 f"{name}, {self.samples} at once":
                     Contestant(self.writing(model, self.samples), precision, self.samples)}
-
-    def compiled_runs(self, dtype: str) -> dict[str, Contestant]:
-        """Our model compiled: for one text, greedy and with filters, and for several. Raises BadInput if that fails."""
-        precision = dtype.upper()
-        name = f"compiled, {precision}"
-        one, seconds = self.compiled_copy(dtype, 1)
-        several, seconds_of_several = self.compiled_copy(dtype, self.samples)
-        return {name: Contestant(self.writing(one), precision, 1, seconds),
-                f"{name}, with filters": Contestant(self.writing(one, sampler=FILTERS), precision),
-                f"{name}, {self.samples} at once":
-                    Contestant(self.writing(several, self.samples), precision, self.samples, seconds_of_several)}
-
-    def compiled_copy(self, dtype: str, texts: int) -> tuple[compiled.Compiled, float]:
-        """A copy of the model compiled for so many texts, and the seconds that took. Raises BadInput if it fails."""
-        model = narrowed(self.plain, dtype, self.device)  # of its own: compiling changes its attention
-        start = time.perf_counter()
-        model, reason = compiled.compile(model, texts)
-        if reason:
-            raise BadInput(f"torch.compile failed: {reason}")
-        return model, time.perf_counter() - start
 
     def contestants(self, folder: Path) -> dict[str, Contestant]:
         """Everyone, in every type. llama.cpp's files go into the folder."""
         entered = self.transformers_runs()
-        for dtype in TYPES:
-            entered |= self.eager_runs(dtype) | self.compiled_runs(dtype)
-            if dtype == "int8" and self.device.device.type == "cpu":
-                entered |= self.eager_runs(dtype, int8_activations=True)
+        for dtype in BYTES:
+            entered |= self.our_runs(dtype)
             if engine := llama_cpp(folder, self.plain, dtype):
                 entered[f"llama.cpp, {dtype.upper()}"] = Contestant(
                     lambda engine=engine: engine(self.prompt, self.count), dtype.upper())
@@ -99,7 +81,7 @@ class Task:
 def rows_of(task: Task, entered: dict[str, Contestant], seconds: dict[str, float]) -> list[Row]:
     """Tokens/s of each, and next to the peers, to one text at a time and to reading the weights."""
     weights = sum(m.weight.numel() for m in task.plain.modules() if isinstance(m, torch.nn.Linear)) / 1e6
-    limits = {dtype.upper(): reading_time(weights * compiled.DTYPES[dtype].itemsize) for dtype in TYPES}
+    limits = {dtype.upper(): reading_time(weights * size) for dtype, size in BYTES.items()}
     rows = []
     for name, contestant in entered.items():
         time_, texts = seconds[name], contestant.texts
@@ -107,8 +89,22 @@ def rows_of(task: Task, entered: dict[str, Contestant], seconds: dict[str, float
         rows.append((name, f"{texts * task.count / time_:,.0f}", *next_to_peers(seconds, name, contestant),
                      f"{texts * alone / time_:.1f}" if texts > 1 else "",
                      f"{limits[contestant.precision] * task.count / time_:.0%}" if texts == 1 else "",
-                     f"{contestant.compiled_in:.0f} s" if contestant.compiled_in is not None else ""))
+                     f"{contestant.ready_in:.1f} s" if contestant.ready_in is not None else ""))
     return rows
+
+
+def beside_another(task: Task, rounds: int) -> Table:
+    """Tokens/s of one text in INT8: on one thread, and as it comes, alone and beside a process that burns a core."""
+    models = {"one thread": writer(task.plain, "int8", task.device, threads=1),
+              "threads as measured": writer(task.plain, "int8", task.device)}
+    runs = {name: task.writing(model) for name, model in models.items()}
+    quiet = alternate(runs, rounds)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as burner:
+        busy = alternate(runs, rounds)
+        burner.kill()
+    return ("what", "alone, tokens/s", "beside another process", "x one thread alone"), [
+        (name, f"{task.count / quiet[name]:,.0f}", f"{task.count / busy[name]:,.0f}",
+         f"{quiet['one thread'] / busy[name]:.2f}") for name in runs]
 
 
 def measure(options: Options) -> Table:
@@ -120,10 +116,12 @@ def measure(options: Options) -> Table:
     plain = Llama(config).eval()
     plain.lm_head.weight.data *= 12  # logits as far apart as a trained model's, which filters take less time for
     task = Task(plain, backend.pick(dtype="fp32", tpu=False), prompt, count, options.samples)
+    print(f"{options.config}'s shape, random weights, {describe()}, torch {torch.__version__}; {count} greedy tokens "
+          f"after {len(prompt)}, reading these included, medians of {options.rounds}\n")
+    if options.busy:
+        return beside_another(task, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         entered = task.contestants(Path(folder))
         seconds = alternate({name: contestant.run for name, contestant in entered.items()}, options.rounds, settle=True)
-    print(f"{options.config}'s shape, random weights, {describe()}, torch {torch.__version__}; {count} greedy tokens "
-          f"after {len(prompt)}, reading these included, medians of {options.rounds}\n")
     return ("what", "tokens/s", "x transformers, FP32", "x llama.cpp, same type", "x one at a time",
-            "of the reading speed", "compiled in"), rows_of(task, entered, seconds)
+            "of the reading speed", "ready in"), rows_of(task, entered, seconds)

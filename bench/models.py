@@ -13,11 +13,13 @@ import tokenizer
 from backend import Backend
 from bench import ROOT
 from config import Config, load
-from decoding.compiled import narrow
+from decoding import ready
 from formats import gguf, hf, peers
 from model import Llama, ModelConfig
 
-TYPES = ("fp32", "bf16", "int8")  # of weights, in which a model reads and writes
+# The types of weights in which a model reads and writes, and the bytes of a weight, a share of its scale included.
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5 + 4 / 32}
+Model = Any  # with the face of a Llama that has a cache
 
 
 @dataclass
@@ -27,11 +29,11 @@ class Contestant:
     run: Callable[[], object]
     """Does it once."""
     precision: str
-    """Type of the weights: FP32, BF16 or INT8."""
+    """Type of the weights, a key of BYTES in capitals."""
     texts: int = 1
     """How many it writes at once."""
-    compiled_in: float | None = None
-    """Seconds that compiling took; None if it is not compiled."""
+    ready_in: float | None = None
+    """Seconds from the model to its first tokens, if that takes any."""
 
 
 def named(name: str) -> Config:
@@ -44,11 +46,11 @@ def transformers_llama(config: ModelConfig, device: Backend) -> Any:
     return peers.random_llama(hf.llama_config(config, 0, torch.float32)).to(device.device)
 
 
-def narrowed(plain: Llama, dtype: str, device: Backend, int8_activations: bool = False) -> Llama:
-    """A copy of a model for this device, with weights of one of TYPES."""
+def writer(plain: Llama, dtype: str, device: Backend, threads: int | None = None) -> Model:
+    """A copy of a model for this device that writes with weights of one of BYTES, on so many threads at most."""
     copy = deepcopy(plain).to(device.device)
     copy.run_with(device.attention())
-    return narrow(copy, dtype, int8_activations)
+    return ready(copy, dtype, threads)[0]
 
 
 def llama_cpp(folder: Path, model: Llama, dtype: str) -> Callable[[list[int], int], None] | None:

@@ -10,7 +10,7 @@ import backend
 from backend import Backend
 from bench import Table, TimedOptions, alternate
 from bench.machine import describe, gemm_rate
-from bench.models import TYPES, Contestant, llama_cpp, named, narrowed, next_to_peers, transformers_llama
+from bench.models import BYTES, Contestant, llama_cpp, named, next_to_peers, transformers_llama, writer
 from decoding.generate import Reader
 from model import Llama
 
@@ -28,16 +28,14 @@ def contestants(plain: Llama, prompt: list[int], device: Backend, folder: Path) 
     peer = transformers_llama(plain.config, device).eval()
     ids = torch.tensor([prompt], device=device.device)  # (1, T)
 
-    def ours(dtype: str, int8_activations: bool = False) -> Contestant:
-        model = narrowed(plain, dtype, device, int8_activations)
+    def ours(dtype: str) -> Contestant:
+        model = writer(plain, dtype, device)
         return Contestant(lambda: Reader(model).read([prompt]), dtype.upper())
 
     entered = {"transformers, FP32": Contestant(
         lambda: peer.lm_head(peer.model(ids, use_cache=True)[0][:, -1:]), "FP32")}
-    for dtype in TYPES:
+    for dtype in BYTES:
         entered[f"ours, {dtype.upper()}"] = ours(dtype)
-        if dtype == "int8" and device.device.type == "cpu":
-            entered["ours, INT8 inputs too"] = ours(dtype, int8_activations=True)
         if engine := llama_cpp(folder, plain, dtype):
             entered[f"llama.cpp, {dtype.upper()}"] = Contestant(lambda engine=engine: engine(prompt, 0), dtype.upper())
     return entered

@@ -1,13 +1,15 @@
 """From logits to a token: the usual filters, in HF's order and with HF's definitions, and then chance.
 
-The filters are repetition penalty, temperature, top-k and top-p: a dozen operations on a few thousand numbers. Called
-one by one, they take half as long as the step of a small model that made the numbers. So there is a second form,
-`choose_of_few`, which is compiled together with the step (compiled.py).
+The filters are repetition penalty, temperature, top-k and top-p. They are written here as operations of torch, for
+every device. On a CPU `Sampler.choose` runs them as loops instead (filters.py).
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from decoding import loops
 
 LIKELIEST = 256  # this many tokens usually show where top-p cuts; sorting thousands takes longer
 
@@ -49,29 +51,6 @@ def draw(weights, chance):
     return torch.searchsorted(sums, sums[:, -1:] * chance, right=True).clamp(max=weights.size(-1) - 1)[:, 0]  # (B,)
 
 
-def choose_of_few(logits, seen, settings, chance):
-    """Sampler.choose without branches, as a part of the model's compiled step (compiled.py).
-
-    It takes FP32 logits (B, V), the tokens `seen` (B, V) bool, Sampler.settings and the numbers (B, 1) of
-    Sampler.chance. Returns (B,) int64, with -1 if the LIKELIEST are too few to say what top-k or top-p keeps. It always
-    applies every setting, so one program works for all of them.
-    """
-    temperature, top_k, top_p, penalty, vocab_size = settings.unbind()
-    V, places = logits.size(-1), torch.arange(logits.size(-1), device=logits.device)
-    logits = penalize_repetition(logits.where(places < vocab_size, -torch.inf), seen, penalty)
-    p = (logits / temperature.where(temperature > 0, 1)).softmax(-1)
-    likeliest = p.topk(min(LIKELIEST, V)).values  # (B, L), in falling order
-    L = likeliest.size(-1)
-    kth = likeliest.where(places[:L] < top_k, 1).amin(-1, keepdim=True).where(top_k <= L, 0)
-    p = p.where(p >= kth, 0)
-    enough = top_p * p.sum(-1, keepdim=True)
-    kept = likeliest.cumsum(-1) - likeliest < enough
-    least = likeliest.where(kept, 1).amin(-1, keepdim=True).where(top_p < 1, 0)
-    told = ((top_k <= L) | (top_k >= V)) & ((top_p == 1) | (likeliest.sum(-1) >= enough[:, 0]))
-    drawn = draw(p.where(p >= least, 0), chance).where(told, -1)
-    return drawn.where(temperature > 0, logits.argmax(-1))
-
-
 @dataclass
 class Sampler:
     """How to choose a token.
@@ -90,11 +69,6 @@ class Sampler:
     generator: torch.Generator | None = None
     vocab_size: int | None = None
 
-    def __post_init__(self):
-        # in the form that choose_of_few takes: (5,) FP32
-        self.settings = torch.tensor([self.temperature, self.top_k or torch.inf, self.top_p or 1.0,
-                                      self.repetition_penalty, self.vocab_size or torch.inf])
-
     def penalized(self, logits, seen):
         """Logits (..., V) of the vocabulary's tokens, with the penalty on those `seen` (..., V) bool, if any."""
         logits, seen = logits[..., :self.vocab_size], seen[..., :self.vocab_size]
@@ -102,6 +76,12 @@ class Sampler:
 
     def choose(self, logits, seen, chance):
         """The next tokens (B,) int64, from logits (B, V) FP32, tokens `seen` (B, V) bool and numbers from `chance`."""
+        if logits.device.type == "cpu" and not loops.missing():
+            from decoding import filters  # here, as numba is optional
+            V = min(self.vocab_size or logits.size(-1), logits.size(-1))
+            return torch.from_numpy(filters.choose(
+                logits.contiguous().numpy(), seen.numpy(), chance[:, 0].numpy(), V, np.float32(self.temperature),
+                min(self.top_k or V, V), np.float32(self.top_p or 1), np.float32(self.repetition_penalty)))
         if self.temperature == 0:
             return self.penalized(logits, seen).argmax(-1)
         return draw(self.distribution(logits, seen), chance)

@@ -1,7 +1,7 @@
 """Text, one token at a time: the prompt in one pass, then a step for each new token.
 
 The KV cache keeps the keys and values of all tokens so far, so each step after the prompt is the work of one token.
-choice.py chooses a token from the logits; compiled.py makes a step fast.
+choice.py chooses a token from the logits; engine.py makes a step fast.
 """
 
 import re
@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator
 import torch
 
 from decoding.choice import GREEDY, Sampler
-from decoding.compiled import Compiled
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -63,8 +62,6 @@ class Reader:
         ids = self.unread(texts)
         seen.scatter_(1, ids.expand(len(texts), -1), True)  # (1 or B, T) -> (B, T)
         chance = sampler.chance(len(texts)).to(self.device)
-        if isinstance(self.model, Compiled) and self.model.has_program(ids, self.cache):
-            return self.model.choose(ids, self.cache, sampler, seen, chance)
         logits, _ = self.model(ids, cache=self.cache, logits_to_keep=1)
         self.cache.repeat(len(texts) // len(ids))
         return sampler.choose(logits[:, -1].float().expand(len(texts), -1), seen, chance)  # logits (B, V)

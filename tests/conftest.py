@@ -15,6 +15,7 @@ from tests.commands import run
 # The threads of a process that is started here sleep while they wait for each other: where they spin, busy cores make
 # them twice as slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 torch.set_num_threads(1)  # the models here are too small for more, and the cores may be busy
 
 

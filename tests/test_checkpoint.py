@@ -257,7 +257,7 @@ def test_exactly_the_moments_of_the_model(rng, tmp_path, change):
     {"num_hidden_layers": 10**9}, {"num_hidden_layers": 999}, {"hidden_size": 2**17}, {"vocab_size": 2**22},
     {"intermediate_size": 2**20}, {"max_position_embeddings": 10**12}, {"hidden_size": 8.0}, {"vocab_size": "5" * 9999},
     {"num_attention_heads": True}, {"head_dim": 10**9}, {"rope_theta": float("nan")}, {"fp32_blocks": 3},
-    {"initializer_range": 10**400}])
+    {"initializer_range": 10**400}, {"rope_theta": 10**40}])
 def test_a_state_that_asks_for_more_than_there_is(rng, tmp_path, changes):
     """A shape that the weights have not is refused by their header, before a model of it is made."""
     step_dir = save(tmp_path, *trained())

@@ -31,6 +31,14 @@ def random_shape(rng):
                  fp32_blocks=rng.choice([(), (0,)]))
 
 
+@pytest.mark.parametrize("case", range(8))
+def test_shapes(rng, case):
+    """They are those of the model's parameters, names and all."""
+    config = random_shape(rng)
+    parameters = dict(Llama(config).named_parameters())
+    assert config.shapes() == {name: tuple(p.shape) for name, p in parameters.items()}
+
+
 def llama(config):
     """A model whose weights are so large that its logits have a deviation of about 1, and no norm is 1.
 
@@ -207,52 +215,33 @@ def test_generation_with_a_cache(rng):
         ids = torch.cat((ids, fresh), dim=1)
 
 
-@pytest.mark.parametrize("grain", [4, 16])
 @torch.no_grad()
-def test_cache_that_is_read_in_grains(rng, grain):
-    """What is read in multiples of a grain, and masked, gives what is read to the token, in buffers of any length."""
-    model = llama(replace(random_shape(rng), **IN_FLOAT64)).double()
-    context = model.config.max_position_embeddings
-    ids, sizes = random_ids(rng, model.config, length=context), list(chunks(rng, context))
-    exact = model(ids)[0]
-    for cache in (KVCache(context, grain=grain), KVCache(context), KVCache(4096, grain=grain), KVCache(4096)):
-        pieces = []
-        for piece in ids.split(sizes, dim=1):
-            pieces.append(model(piece, cache=cache)[0])
-            assert len(cache.read) % cache.grain == 0 <= len(cache.read) - cache.length < cache.grain
-        assert (torch.cat(pieces, dim=1) - exact).abs().max() < 1e-10, sizes
-
-
-@pytest.mark.parametrize("grain", [1, 4])
-@torch.no_grad()
-def test_another_attention_decodes_too(rng, grain):
+def test_another_attention_decodes_too(rng):
     """What `run_with` is handed computes every attention: that of whole texts, of a prompt and of each token after it.
-    It gets the keys and values of all tokens so far, and with a grain the mask."""
+    It gets the keys and values of all tokens so far."""
     model, calls = llama(shape(**IN_FLOAT64)).double(), []
     ids, K, D = random_ids(rng, model.config, 2, 9), model.config.num_key_value_heads, model.config.head_dim
 
     def recorder(q, k, v, mask=None):
-        calls.append((q.size(2), k.size(2), None if mask is None else tuple(mask.shape)))
+        calls.append((q.size(2), k.size(2), mask))
         assert k.shape == v.shape == (2, K, k.size(2), D)
         return causal_attention(q, k, v, mask)
 
     plain = model(ids)[0]
     model.run_with(recorder)
-    whole, cache = model(ids)[0], KVCache(16, grain=grain)
+    whole, cache = model(ids)[0], KVCache(16)
     pieces = [model(piece, cache=cache)[0] for piece in ids.split([6, 1, 1, 1], dim=1)]
     assert torch.equal(whole, plain) and (torch.cat(pieces, dim=1) - plain).abs().max() < 1e-10
-    read = {1: [6, 7, 8, 9], 4: [8, 8, 8, 12]}[grain]
-    wanted = [(9, 9, None), *((T, S, (T, S) if grain > 1 else None) for T, S in zip([6, 1, 1, 1], read))]
+    wanted = [(9, 9, None), (6, 6, None), (1, 7, None), (1, 8, None), (1, 9, None)]
     assert calls == [call for call in wanted for _ in range(model.config.num_hidden_layers)]
 
 
-@pytest.mark.parametrize("grain", [1, 4])
 @torch.no_grad()
-def test_cache_forgets_and_multiplies(rng, grain):
+def test_cache_forgets_and_multiplies(rng):
     """With its length lowered a cache goes on as if the newest tokens had not been; repeated, for several texts."""
     model = llama(shape(max_position_embeddings=40, **IN_FLOAT64)).double()
     kept, wrong = rng.randint(1, 20), rng.randint(1, 20)
-    ids, cache = random_ids(rng, model.config, 3, 40), KVCache(40, grain=grain)
+    ids, cache = random_ids(rng, model.config, 3, 40), KVCache(40)
     ids[:, :kept] = ids[0, :kept].clone()
     model(torch.cat((ids[:1, :kept], random_ids(rng, model.config, 1, wrong)), dim=1), cache=cache)
     cache.length = kept

@@ -16,7 +16,7 @@ import checkpoint
 import sample
 import tokenizer
 from config import Config
-from decoding import compiled
+from decoding import loops, ready
 from decoding.choice import Sampler
 from decoding.generate import generate, generate_batch, prompt_ids
 from tests.decoding.models import EOS, VOCABULARY, llama
@@ -49,10 +49,10 @@ def command(in_process, run, monkeypatch):
     return partial(in_process, sample.main)
 
 
-def by_hand(run, prompt, count=12, dtype="fp32", int8_activations=False):
-    """The greedy continuation of a prompt: its ids and their text."""
+def by_hand(run, prompt, count=12, dtype="fp32"):
+    """The greedy continuation of a prompt: its ids and their text. In FP32 it is that of the model itself."""
     model = checkpoint.open_trained(run / "out" / "tiny", "latest").model
-    model = compiled.narrow(model, dtype, int8_activations)
+    model = model if dtype == "fp32" else ready(model, dtype)[0]
     ids = list(generate(model, prompt_ids(VOCABULARY, prompt), count, Sampler(vocab_size=2048)))
     return ids, VOCABULARY.decode(ids)
 
@@ -63,7 +63,7 @@ def test_command(run):
                            "--max_new_tokens", "12", "--repetition_penalty", "1"], cwd=run,
                           env=os.environ | {"PYTHONUTF8": "1"}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and done.stdout == f"Once upon{by_hand(run, 'Once upon')[1]}\n", done.stderr
-    notes = done.stderr.splitlines()
+    notes = [line for line in done.stderr.splitlines() if not line.startswith("[compiled the loops for fp32 in ")]
     assert len(notes) == 2 and all(note.startswith("[") and note.endswith("]") for note in notes)
     assert str(Path("out", "tiny", "step_00001200")) in notes[0]
     assert "1,200 steps, 1.2500 bits per byte" in notes[0]
@@ -97,8 +97,7 @@ def test_command_prints_every_sample(run, command):
     code, out, _ = command("--prompt", "Once upon", "--num_samples", 3, "--seed", 8, "--max_new_tokens", 20)
     model = checkpoint.open_trained(run / "out" / "tiny", "latest").model
     sampler = Sampler(0.8, None, 0.9, 1.1, torch.Generator().manual_seed(8), 2048)
-    steps = list(generate_batch(compiled.narrow(model, "fp32"), prompt_ids(VOCABULARY, "Once upon"), 3, 20, sampler,
-                                EOS))
+    steps = list(generate_batch(model, prompt_ids(VOCABULARY, "Once upon"), 3, 20, sampler, EOS))
     texts = [VOCABULARY.decode([step[row] for step in steps if step[row] is not None]) for row in range(3)]
     assert code == 0 and out == "".join(f"Once upon{text}\n" for text in texts) and len(set(texts)) == 3
 
@@ -108,7 +107,7 @@ GREEDILY = "--prompt", "Once upon", "--greedy", "--repetition_penalty", 1, "--ma
 
 @pytest.mark.parametrize("options, narrowed", [
     (["--dtype", "bf16"], ["bf16"]), (["--dtype", "fp16"], ["fp16"]), (["--dtype", "int8"], ["int8"]),
-    (["--dtype", "int8", "--int8_activations", "--backend", "cpu"], ["int8", True]),
+    (["--dtype", "int4"], ["int4"]), (["--threads", 1], []), (["--threads", 99, "--dtype", "fp32"], []),
     (["--speculative", "lookup"], []), (["--speculative", "drafts/small", "--draft_tokens", 2], []),
     (["--speculative", "drafts/small", "--dtype", "bf16"], ["bf16"]),
 ])
@@ -122,27 +121,12 @@ def test_command_with_narrow_weights_and_guesses(run, command, options, narrowed
         assert out.startswith("Once upon") and "[12 tokens" in err
 
 
-def test_command_compiles(run, command, monkeypatch, tmp_path):
-    """--compile compiles, and so does a long text without being told, several texts that are longer; where that fails,
-    a line says why. The text is the same."""
-    text = "Once upon" + by_hand(run, "Once upon", 40)[1] + "\n"
-    torch_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", partial(torch_compile, backend="eager"))
-    monkeypatch.setattr(compiled, "COMPILE_FROM", 41)
-    for options, compiles in ((["--compile"], True), ([], False), (["--compile", "False"], False)):
-        code, out, err = command(*GREEDILY, 40, *options)
-        assert code == 0 and out == text and len(re.findall(r"^\[compiled in \d+ s\]$", err, re.M)) == compiles
-    monkeypatch.setattr(compiled, "COMPILE_FROM", 40)
-    code, out, err = command(*GREEDILY, 40)
-    assert code == 0 and out == text and "[compiled in " in err
-    for pays_from in (40, 41):
-        monkeypatch.setattr(compiled, "COMPILE_SEVERAL_FROM", pays_from)
-        code, out, err = command(*GREEDILY, 40, "--num_samples", 2)
-        assert code == 0 and out == 2 * text and ("[compiled in " in err) == (pays_from == 40)
-    monkeypatch.setattr(torch, "compile", partial(torch_compile, backend=lambda *_: open(tmp_path / "nowhere")))
-    code, out, err = command(*GREEDILY, 40)
-    assert code == 0 and out == text
-    assert re.search(r"^\[torch.compile failed, going on without it: .+\]$", err, re.M)
+def test_command_without_the_loops(run, command, monkeypatch):
+    """Where numba is missing, a line says what would be faster, and the text is the same."""
+    monkeypatch.setattr(loops, "missing", lambda: "numba is not installed: pip install numba")
+    code, out, err = command(*GREEDILY, 12)
+    assert code == 0 and out == "Once upon" + by_hand(run, "Once upon")[1] + "\n"
+    assert len([line for line in err.splitlines() if "slower: numba is not installed: pip install numba]" in line]) == 1
 
 
 def converse(command, monkeypatch, *lines, options=()):
@@ -158,7 +142,7 @@ def converse(command, monkeypatch, *lines, options=()):
 def test_interactive(run, command, monkeypatch):
     """Prompts are continued, an empty one too, and options change what comes after; refused ones change nothing and
     are one line each. The end of the input is a good end."""
-    refused = {"--dtype int8": "--dtype is for the start", "--compile": "--compile is for the start",
+    refused = {"--dtype int8": "--dtype is for the start", "--threads 1": "--threads is for the start",
                "--checkpoint out/tiny": "--checkpoint is for the start", "--colour red": "--colour",
                '--prompt "a': "quotation", "--temperature 0": "temperature is 0", "--max_new_tokens": "max_new_tokens"}
     code, answers, err = converse(command, monkeypatch, "Once upon", "--max_new_tokens 3", "Once upon", *refused, "",
@@ -266,8 +250,7 @@ def test_interactive_without_input(run):
     (["--max_new_tokens", "0"], "max_new_tokens"), (["--num_samples", "0"], "num_samples"),
     (["--temperature", "warm"], "--temperature"), (["--quiz", "none.jsonl"], "none.jsonl"),
     (["--quiz", "out/tiny/latest"], "not a quiz"), (["--which", "worst"], "worst"), (["Hello"], "Hello"),
-    (["--int8_activations"], "int8_activations is for --dtype int8"), (["--dtype", "int4"], "int4"),
-    (["--int8_activations", "--dtype", "bf16"], "int8_activations is for --dtype int8"),
+    (["--threads", "0"], "threads is 0"), (["--dtype", "int2"], "int2"),
     (["--speculative", "lookup", "--num_samples", "2"], "one text at a time"),
     (["--draft_tokens", "0"], "draft_tokens is 0"), (["--seed", "-1"], "seed is -1"),
     (["--speculative", "out/nothing"], "no checkpoint in out"),

@@ -1,18 +1,22 @@
 """The models to choose from: runs of ours and models of transformers, loaded when somebody asks for one."""
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import checkpoint
+import decoding
 from backend import Backend
 from cli import BadInput
 from formats import peers
 from model import Llama
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from decoding.engine import Engine
 
 LONGEST = 2048  # tokens that a model of transformers sees at once: a longer context may not fit in memory
 IN_MEMORY = 4  # models
@@ -20,11 +24,15 @@ IN_MEMORY = 4  # models
 
 @dataclass
 class Loaded:
-    """A model and its tokenizer, ready to run."""
+    """A model and its tokenizer, ready to run. `writer` is the same model as it writes fastest."""
 
     name: str
     model: Llama | peers.Peer
     vocabulary: Tokenizer
+    writer: "Llama | Engine | peers.Peer | None" = None
+
+    def __post_init__(self):
+        self.writer = self.writer or self.model
 
 
 @dataclass
@@ -43,14 +51,14 @@ def our_entry(path: Path, device: Backend) -> Entry:
     step_dir = checkpoint.find(path, "best")
     run = checkpoint.run_dir(step_dir)
     name = run.name if step_dir != path else f"{run.name}/{step_dir.name}"
-    with torch.device("meta"):  # shapes without numbers
-        model = Llama(checkpoint.read_shape(step_dir, checkpoint.read_state(step_dir)))
+    shape = checkpoint.read_shape(step_dir, checkpoint.read_state(step_dir))
+    parameters = sum(map(math.prod, shape.shapes().values()))
 
     def load() -> Loaded:
         trained = checkpoint.open_trained(path, "best", device)  # path: a run in training has a newer step by now
-        return Loaded(name, trained.model.eval(), trained.vocabulary)
+        return Loaded(name, trained.model.eval(), trained.vocabulary, decoding.ready(trained.model)[0])
 
-    return Entry(name, model.num_parameters(), model.config.num_hidden_layers, True, load)
+    return Entry(name, parameters, shape.num_hidden_layers, True, load)
 
 
 def their_entry(name: str, trust_remote_code: bool, device: Backend) -> Entry:

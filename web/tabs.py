@@ -82,7 +82,7 @@ def read_settings(prompt: str, length: float, temperature: float, top_p: float |
 
 def completions(loaded: Loaded, ids: list[int], settings: Settings) -> Iterator[list[int | None]]:
     """The tokens of settings.num_samples texts that continue ids, one of each at a time; None once a text has ended."""
-    return generate_batch(loaded.model, ids, settings.num_samples, settings.max_new_tokens,
+    return generate_batch(loaded.writer, ids, settings.num_samples, settings.max_new_tokens,
                           settings.sampler(loaded.vocabulary), loaded.vocabulary.ends)
 
 
