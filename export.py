@@ -3,7 +3,8 @@
     python export.py --out DIR [--checkpoint out/NAME] [--format hf]    a folder for transformers
     python export.py --out DIR --format gguf                            a file for llama.cpp (formats/gguf.py)
     python export.py --out DIR --format onnx                            a graph for ONNX Runtime (formats/onnx.py)
-    python export.py --out DIR --format int8                            INT8 weights, a checkpoint for sample.py
+    python export.py --out DIR --format int8 | int4                     a checkpoint for sample.py (formats/packed.py)
+    python export.py --out DIR --format bundle                          the same in one file, vocabulary and all
     python export.py --out out/NAME --from FOLDER_OR_HUB_NAME           somebody's Llama, imported (formats/llama.py)
 
 Our weights have Hugging Face's names and its order of rotary pairs. So most of the work is to write down, in each
@@ -25,9 +26,9 @@ from cli import BadInput, parse, script
 from formats.card import model_card
 from formats.gguf import write_gguf
 from formats.hf import segmented, write_hf, write_settings
-from formats.int8 import write_int8
 from formats.llama import import_llama
 from formats.onnx import write_onnx
+from formats.packed import write_bundle, write_packed
 
 
 @dataclass
@@ -40,11 +41,11 @@ class Options:
     """A run (out/NAME) or one of its step directories; the newest run under out/ if None."""
     which: Literal["best", "latest"] = "best"
     """Which of a run's checkpoints."""
-    format: Literal["hf", "gguf", "onnx", "int8"] = "hf"
+    format: Literal["hf", "gguf", "onnx", "int8", "int4", "bundle"] = "hf"
     """hf is for transformers and whatever reads its files, gguf for llama.cpp, onnx for ONNX Runtime and
-    transformers.js, int8 for sample.py."""
-    dtype: Literal["fp32", "bf16", "fp16", "int8", "q8_0"] = "fp32"
-    """Precision of the weights. int8 is for gguf, which calls it q8_0."""
+    transformers.js; int8, int4 and bundle, which is one file in INT4, for sample.py."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4", "q8_0", "q4_0"] = "fp32"
+    """Precision of the weights. int8 and int4 are for a bundle, and for gguf, which calls them q8_0 and q4_0."""
     tokenizer: Literal["exact", "portable"] | None = None
     """exact gives the ids that the model was trained on: TokenMonster's search, in our own code, which transformers
     must be allowed to run. portable is a plain tokenizer.json (tokenizer/portable.py). If None, whichever the model was
@@ -61,8 +62,7 @@ class Options:
 
     def __post_init__(self):
         """Raises ValueError, in one line, if the licence is not an abbreviation."""
-        if self.dtype == "q8_0":  # llama.cpp's name for it
-            self.dtype = "int8"
+        self.dtype = {"q8_0": "int8", "q4_0": "int4"}.get(self.dtype, self.dtype)  # llama.cpp's names for them
         if self.license is not None and not re.fullmatch(r"[\w.-]+", self.license):
             raise ValueError(f"license is {self.license!r}; give an abbreviation such as apache-2.0")
 
@@ -71,14 +71,18 @@ def check_options(options: Options):
     """Raises BadInput for options that do not go with the format."""
     if options.eos_token is not None or options.vocabulary is not None:
         raise BadInput("--eos_token and --vocabulary are for an import: add --from")
-    if options.dtype == "int8" and options.format != "gguf":
-        raise BadInput("--dtype int8 (q8_0) is llama.cpp's: it needs --format gguf")
+    rounding = options.dtype in ("int8", "int4")
+    if rounding and options.format not in ("gguf", "bundle"):
+        raise BadInput(f"--dtype {options.dtype} needs --format gguf (which calls it q8_0 or q4_0) or bundle")
+    if options.format == "int4" and options.dtype != "fp32" or options.format == "bundle" and not rounding and (
+            options.dtype != "fp32"):
+        raise BadInput(f"--format {options.format} rounds all weights: leave out --dtype {options.dtype}")
     if options.format == "onnx" and options.dtype != "fp32":
         raise BadInput("--format onnx is in fp32; onnxruntime's own tools can convert it to other types")
     if options.format in ("gguf", "onnx") and options.tokenizer == "exact":
         raise BadInput(f"--format {options.format} takes no --tokenizer exact: what reads it cannot run our code")
-    if options.format == "int8" and options.tokenizer:
-        raise BadInput("--format int8 is for sample.py, and keeps the tokenizer that the model was trained with")
+    if options.format in ("int8", "int4", "bundle") and options.tokenizer:
+        raise BadInput(f"--format {options.format} is for sample.py, and keeps the model's own tokenizer")
 
 
 def export(options: Options):
@@ -96,8 +100,10 @@ def export(options: Options):
         elif options.format == "onnx":
             write_settings(folder, model, exported, dtype, state)
             found = write_onnx(folder / "onnx", model)
+        elif options.format == "bundle":
+            found = write_bundle(folder, model, state, trained.vocabulary, "int4" if dtype else options.dtype)
         else:
-            found = write_int8(folder, model, state, trained.vocabulary, dtype)
+            found = write_packed(folder, model, state, trained.vocabulary, options.format, dtype)
         card = model_card(trained, exported, options.format, options.dtype, options.license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         curves = checkpoint.run_dir(trained.step_dir) / "curves.png"

@@ -24,11 +24,14 @@ after it (in Python: `text.replace("\\x7f ", "")`)."""
 PROMPTS = ("", "The history of", "def read(", "1 + 1 =")
 ROWS = 12  # at most, in the loss history
 
-TYPES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Q8_0"}  # what a reader of a card calls them
+# What a reader of a card calls them.
+TYPES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Q8_0", "int4": "Q4_0"}
 FORMS = {  # the library, as the hub names it, and what to call the format
     "hf": ("transformers", "for transformers, with {} weights"), "gguf": ("gguf", "for llama.cpp, with {} weights"),
     "onnx": ("transformers.js", "as an ONNX graph in {}"),
-    "int8": ("nanostentor", "with INT8 weights, and {} where INT8 will not do")}
+    "int8": ("nanostentor", "with INT8 weights, and {} where INT8 will not do"),
+    "int4": ("nanostentor", "with INT4 weights"), "bundle": ("nanostentor", "in one file, with weights of few bits")}
+ROUNDED = ("int8", "int4", "bundle")
 
 LOAD = {
     "hf": """```python
@@ -54,6 +57,12 @@ console.log(await generate("The history of", {{ max_new_tokens: 80 }}));
     "int8": """    python sample.py --checkpoint FOLDER --prompt "The history of"
 
 with nanoStentor. A weight is `name` (int8) times `name_scale` (FP32, one for each output channel).""",
+    "int4": """    python sample.py --checkpoint FOLDER --prompt "The history of"
+
+with nanoStentor. A weight is INT4 in groups of 32 with a scale (`name_scale`), as `decoding/narrow.py` says.""",
+    "bundle": """    python sample.py --checkpoint NAME.safetensors --prompt "The history of"
+
+with nanoStentor. The file holds the weights (`decoding/narrow.py` says how), the settings and the vocabulary.""",
 }
 
 EXACT_TOKENIZER = """The tokenizer is TokenMonster's. It runs code in this folder (`tokenization_tokenmonster.py`;
@@ -195,7 +204,7 @@ def model_card(trained: Trained, exported: Tokenizer, format: str, dtype: str, l
               if "imported_from" in state else
               f"It was trained with nanoStentor, beginning with the weights of {state['config']['init_from']}."
               if state["config"].get("init_from") else "It was trained from scratch with nanoStentor.")
-    as_trained = exported is vocabulary and dtype == "fp32" and format != "int8"
+    as_trained = exported is vocabulary and dtype == "fp32" and format not in ROUNDED
     subject = "It" if as_trained else "In FP32, with the tokenizer that it was trained with, it"
     reached = (f"{subject} reaches {state['bits_per_byte']:.4f} bits per byte on held-out text."
                if "bits_per_byte" in state else "")
@@ -211,8 +220,8 @@ def model_card(trained: Trained, exported: Tokenizer, format: str, dtype: str, l
     library, form = FORMS[format]
     front = ("---\n" + (f"license: {license}\n" if license else "")
              + f"library_name: {library}\npipeline_tag: text-generation\ntags:\n- llama\n- nanostentor\n---\n")
-    if state.get("rounded_to_int8") and format != "int8":
-        origin += " Its weights have been rounded to INT8 since."
+    if "rounded_to" in state or "rounded_to_int8" in state:  # as it was called before there was INT4
+        origin += f" Its weights have been rounded to {state.get('rounded_to', 'int8').upper()} since."
     title = (f"# {name}\n\nA base language model of {model.num_parameters():,} parameters, "
              f"{form.format(TYPES[dtype])}. {origin} {reached}".rstrip())
     return "\n\n".join([front + "\n" + title, *(f"## {head}\n\n{text}" for head, text in sections if text)]) + "\n"

@@ -22,7 +22,8 @@ from model import Llama
 from tokenizer import Tokenizer, TokenMonster, portable
 from tokenizer.huggingface import parts
 
-KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}  # llama.cpp's names for our types
+# llama.cpp's names for our types.
+KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 NORMAL, CONTROL, BYTE = 1, 3, 6  # llama.cpp's kinds of tokens
 NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
          "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
@@ -125,8 +126,8 @@ def token_table(vocabulary: Tokenizer, rows: int) -> tuple[list[bytes], list[flo
 def write_gguf(folder: Path, model: Llama, name: str, vocabulary: Tokenizer, dtype: str) -> str:
     """Write NAME-DTYPE.gguf and read it back. Returns the result in words.
 
-    Matrices are in `dtype`, a key of KINDS, and norms in FP32. A matrix whose rows do not divide into Q8_0's blocks of
-    32 is in F16 instead. Raises BadInput if the package is missing.
+    Matrices are in `dtype`, a key of KINDS, and norms in FP32. With Q4_0, embedding and head are in Q8_0. A matrix
+    whose rows do not divide into blocks of 32 is in F16 instead. Raises BadInput if the package is missing.
     """
     try:
         import gguf
@@ -170,7 +171,9 @@ def write_gguf(folder: Path, model: Llama, name: str, vocabulary: Tokenizer, dty
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = interleaved(weight, weight.size(0) // c.head_dim)
         as_ = kind if weight.dim() == 2 else "F32"
-        if as_ == "Q8_0" and weight.size(1) % 32:
+        if as_ == "Q4_0" and "layers" not in name:
+            as_ = "Q8_0"
+        if as_ in ("Q8_0", "Q4_0") and weight.size(1) % 32:
             as_ = "F16"
         quantized = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[as_])
         writer.add_tensor(gguf_name(name), quantized, raw_dtype=gguf.GGMLQuantizationType[as_])
@@ -182,7 +185,8 @@ def write_gguf(folder: Path, model: Llama, name: str, vocabulary: Tokenizer, dty
 
     read = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             for tensor in gguf.GGUFReader(path).tensors}
-    error, largest = 0.0, {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 1 / 127}[kind]  # times a tensor's largest
+    error = 0.0
+    largest = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 1 / 127, "Q4_0": 1 / 7}[kind]  # times the largest
     for name, weight in written.items():
         difference = float(np.abs(read[name] - weight.numpy()).max())
         if not difference <= largest * float(weight.abs().max()):  # written like this, NaN fails too

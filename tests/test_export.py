@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import export
-from formats import hf, int8
+from formats import hf, packed
 from tests.commands import refused
 from tests.formats.exports import PORTABLE_FILES, contents, llama, names, save
 
@@ -149,7 +149,7 @@ def interrupt(*_, **__):
 
 @pytest.mark.parametrize("module, name, arguments", [
     (hf, "write_tokenizer", []), (hf, "check", []), (export, "model_card", []),
-    (int8, "write_tensors", ["--format", "int8"]), (checkpoint, "save", ["--from"]), (shutil, "copyfile", ["--from"]),
+    (packed, "write_tensors", ["--format", "int8"]), (checkpoint, "save", ["--from"]), (shutil, "copyfile", ["--from"]),
 ])
 def test_interrupted(command, run, exported, tmp_path, monkeypatch, module, name, arguments):
     """Ctrl-C at any point leaves nothing, and the next export is as if there had been none."""

@@ -1,16 +1,20 @@
-"""A checkpoint with INT8 weights has those that the training used, and sample.py runs on it."""
+"""Checkpoints with INT8 or INT4 weights hold what they say, as a folder or one file, and sample.py runs on them."""
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
+import eval
 import quant_t4
 import sample
 import tokenizer
 from decoding.generate import prompt_ids
+from decoding.narrow import Narrow, narrow
+from tests.commands import refused
 from tests.formats.exports import QUICK, greedy, llama, names, save
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,7 +56,7 @@ def test_int8(rng, command, tmp_path, linears, in_process):
     assert after.stat().st_size < before.stat().st_size
 
     code, out, _ = in_process(sample.main, "--checkpoint", "int8", "--prompt", "def f", "--greedy",
-                              "--max_new_tokens", 9, "--repetition_penalty", 1)
+                              "--max_new_tokens", 9, "--repetition_penalty", 1, "--dtype", "fp32")
     ids = greedy(loaded, prompt_ids(QUICK, "def f"), 9, QUICK.eos_id)
     assert code == 0 and out == "def f" + QUICK.decode(ids) + "\n"
 
@@ -73,3 +77,66 @@ def test_int8_of_a_model_not_trained_for_it(rng, command, tmp_path):
     assert loaded.vocabulary.data == vocabulary.data
     assert all(torch.allclose(p, q, atol=0.05)
                for p, q in zip(loaded.model.parameters(), model.parameters(), strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("bundle", [False, True])
+def test_packed_weights(rng, command, tmp_path, in_process, kind, tied, bundle):
+    """The weights come back as decoding/narrow.py rounds them, of widths that INT4 pads too; sample.py and eval.py read
+    a folder or one file, and write in the type that it was rounded to what they write of the run in that type."""
+    if kind == "int8" and not bundle:
+        pytest.skip("test_int8")
+    model = llama(hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=6, intermediate_size=72,
+                  tie_word_embeddings=tied)
+    save(tmp_path / "run", model)
+    arguments = ["--format", "bundle", "--dtype", kind] if bundle else ["--format", kind]
+    code, out, err = command("--checkpoint", "run", "--out", "packed", *arguments)
+    assert code == 0 and kind.upper() in out and "bits a parameter" in out, (out, err)
+    [path] = (tmp_path / "packed").glob("*.safetensors")
+    others = set() if bundle else {"state.json", "tokenmonster.vocab"}
+    assert set(names(tmp_path / "packed")) == {"README.md", path.name} | others
+    if not bundle:
+        path = path.parent
+    trained = checkpoint.open_trained(path)
+    assert trained.step_dir == path and trained.vocabulary.data == QUICK.data
+    rounded = narrow(copy.deepcopy(model), kind)
+    for name, p in trained.model.named_parameters():
+        theirs = rounded.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(p, theirs.wide() if isinstance(theirs, Narrow) else theirs.weight), name
+    options = ["--prompt", "def f", "--greedy", "--max_new_tokens", 9]
+    code, text, err = in_process(sample.main, "--checkpoint", path, *options)
+    assert code == 0 and text == in_process(sample.main, "--checkpoint", "run", "--dtype", kind, *options)[1], err
+    (tmp_path / "a.txt").write_text("def read(self):\n    return self.text\n" * 9)
+    code, out, err = in_process(eval.main, "--checkpoint", path, "--text", "a.txt", "--dtype", kind)
+    assert code == 0 and "bits" in out, (out, err)
+
+
+@pytest.mark.parametrize("damage", ["half", "another tensor", "no state", "no file", "state is a list"])
+def test_a_bundle_that_is_none(rng, command, tmp_path, in_process, damage):
+    """One line, and what was in it is not half open."""
+    save(tmp_path / "run", llama())
+    assert command("--checkpoint", "run", "--out", "packed", "--format", "bundle")[0] == 0
+    [path] = (tmp_path / "packed").glob("*.safetensors")
+    tensors, state = load_file(path), {"state": '{"config": {"tokenizer": "a"}}'}
+    if damage == "half":
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    elif damage == "another tensor":
+        save_file({"a": torch.ones(3)}, path, state)
+    elif damage == "no state":
+        save_file(tensors, path)
+    elif damage == "state is a list":
+        save_file(tensors, path, {"state": "[]"})
+    else:
+        path.unlink()
+    refused(in_process(sample.main, "--checkpoint", path, "--prompt", "a"), path.name)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--format", "int4", "--dtype", "bf16"], ["int4", "bf16"]), (["--format", "bundle", "--dtype", "fp16"], ["fp16"]),
+    (["--format", "bundle", "--tokenizer", "exact"], ["bundle", "tokenizer"]), (["--dtype", "int4"], ["gguf", "q4_0"]),
+])
+def test_refusals(command, arguments, words, tmp_path):
+    save(tmp_path / "run", llama())
+    refused(command("--checkpoint", "run", "--out", "export", *arguments), *words)
