@@ -13,8 +13,7 @@ from decoding import loops, ready, speculative
 from decoding.choice import Sampler
 from decoding.engine import FEW, Engine
 from decoding.generate import Reader, generate, generate_batch
-from decoding.narrow import DTYPES, Narrow, narrow
-from decoding.products import linear, stacked
+from decoding.narrow import DTYPES, narrow
 from model import Llama
 from quant_t4 import quantize
 from tests.commands import ROOT
@@ -69,29 +68,6 @@ def in_float64(plain, dtype):
                 setattr(parent, name, RoundedInputs(matrix))
     exact.model.norm.fp32 = False
     return exact
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", range(6))
-@pytest.mark.parametrize("dtype", TYPES)
-def test_linear(rng, dtype, case):
-    """A weight of two layers and any number of rows: the product of float64 but for the sums' rounding."""
-    width, rows = rng.choice([1, 2, 7, 31, 32, 40, 64, 100, 192, 320]), rng.choice([1, 1, 2, 3, 4, 5, 8, 13])
-    if width == 1 and dtype == "int8":
-        width = 2
-    matrices = [[Narrow(torch.randn(out, width) * 10 ** rng.uniform(-2, 1), dtype) for out in (rng.randint(1, 40), 5)]]
-    matrices.append([Narrow(torch.randn(len(m.weight), width), dtype) for m in matrices[0]])
-    before = [[m.wide() for m in layer] for layer in matrices]
-    weight, x = stacked(matrices), torch.randn(rows, width) * 10 ** rng.uniform(-1, 1)
-    integers, scale = quantize(x)
-    rounded = (integers * scale if matrices[0][0].scale is not None else x).double()
-    for layer in range(2):
-        assert all(torch.equal(m.wide(), wide) for m, wide in zip(matrices[layer], before[layer], strict=True))
-        wide = torch.cat(before[layer]).double()
-        y = torch.from_numpy(linear(weight, np.int64(layer), x.numpy()))
-        magnitudes = rounded.abs() @ wide.abs().t()
-        assert y.shape == (rows, len(wide))
-        assert ((y - rounded @ wide.t()).abs() <= 2**-24 * (2 * width**0.5 + 8) * magnitudes).all()
 
 
 def read_in_pieces(model, ids, sizes):

@@ -1,7 +1,27 @@
-"""The number of threads follows what their steps cost."""
+"""The number of threads follows what their steps cost, and the exponential is that of float64."""
+import numpy as np
 import pytest
 
-from decoding.loops import Threads
+from decoding import loops
+from decoding.loops import Threads, exp
+
+
+@loops.loop
+def exponentials(x, y):
+    for j in range(len(x)):
+        y[j] = exp(x[j])
+
+
+def test_exp(rng):
+    """To 4 units of FP32's last place over its range; beyond it the ends of the range, and never a NaN."""
+    x = np.random.default_rng(rng.randrange(2**32)).uniform(-87, 88, 100_000).astype(np.float32)
+    x[:3] = 0, -87, 88
+    y = np.empty_like(x)
+    exponentials(x, y)
+    assert np.abs(y / np.exp(x.astype(np.float64)) - 1).max() < 4 * 2**-23 and y[0] == 1
+    ends = np.array([-1e30, -100, 100, 1e30], np.float32)
+    exponentials(ends, y[:4])
+    assert (y[:2] == y[0]).all() and y[0] < 2e-38 and (y[2:4] == y[2]).all() and 1e38 < y[2] < np.inf
 
 
 class Machine:
