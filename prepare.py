@@ -243,7 +243,7 @@ def tokens_left(progress: dict, needed: dict[str, float]) -> int:
 def left_out(counts: dict) -> str:
     """What documents of a source were left out, and which hold what looks like a special token; "" if none."""
     words = {"empty": "empty", "copies": "copies of held-out text", "bad_rows": "rows without text, or damaged",
-             "special": "with text that is a special token", "marked": "documents kept that spell out a special token"}
+             "special": "with text that is a special token", "marked": "kept, with a special token spelled out"}
     found = {words[kind]: counts["train"][kind] + counts["val"][kind] for kind in words}
     return "".join(f"; {number:,} {kind}" for kind, number in found.items() if number)
 
