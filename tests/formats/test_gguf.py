@@ -418,7 +418,9 @@ def test_every_character_of_ascii(portable_model):
 def completions(theirs, model, vocabulary, rng):
     """Compare what follows some prompts; see the tests."""
     ours = reading(vocabulary)
-    for prompt in rng.sample([part[:60] for part in paragraphs() if part[:60].isascii()], 4):
+    prompts = [part[:60] for part in paragraphs() if part[:60].isascii()]
+    # llama.cpp's create_completion takes a special token's text in a prompt for the token.
+    for prompt in rng.sample([prompt for prompt in prompts if "<|endoftext|>" not in prompt], 4):
         ids = [vocabulary.eos_id, *ours.encode(prompt).tolist()]
         wanted = list(generate(model, ids, 40, Sampler(vocab_size=vocabulary.vocab_size), vocabulary.eos_id))
         theirs.reset()
