@@ -31,9 +31,17 @@ expect = sync_api.expect
 VOCABULARY = tokenizer.load("quickstart-2048")
 CONTEXT = 256
 
-# Starts the demo with a note of every address that this process tries to reach.
+# Starts the demo with a note of every address that this process tries to reach, and with models that write as slowly
+# as larger ones: a tiny one's text would be there at once.
 WATCHED = """
-import runpy, sys
+import runpy, sys, time
+from web import tabs
+quickly = tabs.generate_batch
+def slowly(*arguments):
+    for tokens in quickly(*arguments):
+        time.sleep(0.003)
+        yield tokens
+tabs.generate_batch = slowly
 log = open("connections", "a", buffering=1)
 def note(event, arguments):
     if event in ("socket.connect", "socket.sendto"):
