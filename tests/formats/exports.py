@@ -3,7 +3,8 @@ import json
 from dataclasses import asdict
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import checkpoint
 import export
@@ -12,6 +13,7 @@ from config import Config
 from decoding.choice import Sampler
 from decoding.generate import generate
 from model import Llama, ModelConfig
+from tokenizer import portable
 
 QUICK = tokenizer.load("quickstart-2048")
 EOS = "<|endoftext|>"
@@ -100,3 +102,22 @@ def texts(rng, count=300):
 
 def well_formed(text):
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def their_model(rng, **changes):
+    """Somebody's Llama, made by transformers, that ends its texts with our token."""
+    logging.disable_progress_bar()  # when it is saved
+    theta = rng.choice([500.0, 20_000.0])
+    config = LlamaConfig(**dict(
+        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=2, eos_token_id=2, rope_theta=theta,
+        rope_parameters={"rope_type": "default", "rope_theta": theta}, rms_norm_eps=1e-5) | changes)
+    model = LlamaForCausalLM(config).eval()
+    for p in model.parameters():
+        p.data.uniform_(0.5, 1.5) if p.dim() == 1 else p.data.normal_(0, 1.5 * p.size(1) ** -0.5)
+    return model
+
+
+def with_tokenizer(folder):
+    (folder / "tokenizer.json").write_bytes(portable.tokenizer_json(QUICK, lossless=True))
+    return folder

@@ -15,20 +15,10 @@ from cli import BadInput
 from decoding.generate import prompt_ids
 from formats import llama as importer
 from tests.commands import refused
-from tests.formats.exports import contents
-from tests.formats.test_llama import their_model, with_tokenizer
+from tests.formats.exports import contents, their_model, with_tokenizer
 from tests.tokenizer.test_foreign import added, byte_bpe, metaspace_bpe, mutated, spec
 
 pytestmark = pytest.mark.usefixtures("offline")
-
-
-@pytest.fixture
-def theirs(rng, tmp_path):
-    """The folder `theirs` of a whole model in one file, and the model."""
-    model = their_model(rng)
-    model.save_pretrained(tmp_path / "theirs")
-    with_tokenizer(tmp_path / "theirs")
-    return model
 
 
 @pytest.fixture

@@ -9,46 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 import checkpoint
 import sample
 import train
 from decoding.generate import prompt_ids
 from tests.commands import refused
-from tests.formats.exports import QUICK, contents, difference, greedy, load_hf
-from tokenizer import portable
+from tests.formats.exports import QUICK, contents, difference, greedy, load_hf, their_model, with_tokenizer
 
 pytestmark = pytest.mark.usefixtures("offline")
-
-
-def their_model(rng, **changes):
-    """Somebody's Llama, made by transformers, that ends its texts with our token."""
-    logging.disable_progress_bar()  # when it is saved
-    theta = rng.choice([500.0, 20_000.0])
-    config = LlamaConfig(**dict(
-        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=2, eos_token_id=2, rope_theta=theta,
-        rope_parameters={"rope_type": "default", "rope_theta": theta}, rms_norm_eps=1e-5) | changes)
-    model = LlamaForCausalLM(config).eval()
-    for p in model.parameters():
-        p.data.uniform_(0.5, 1.5) if p.dim() == 1 else p.data.normal_(0, 1.5 * p.size(1) ** -0.5)
-    return model
-
-
-def with_tokenizer(folder):
-    (folder / "tokenizer.json").write_bytes(portable.tokenizer_json(QUICK, lossless=True))
-    return folder
-
-
-@pytest.fixture
-def theirs(rng, tmp_path):
-    """The folder `theirs` of a whole model of somebody's, and the model."""
-    model = their_model(rng)
-    model.save_pretrained(tmp_path / "theirs")
-    with_tokenizer(tmp_path / "theirs")
-    return model
 
 
 def edit_weights(edit):
