@@ -6,10 +6,12 @@ tokenmonster.py travels with exports, and knows nothing of our prompts and notes
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizer import tokenmonster
+from tokenizer.tokenmonster import Tokenizer as BareTokenizer
+from tokenizer.tokenmonster import TokenMonster as BareTokenMonster
+from tokenizer.tokenmonster import TokenMonsterStream
 
 
-class Tokenizer(tokenmonster.Tokenizer):
+class Tokenizer(BareTokenizer):
     """Text to ids and back. A subclass has encode_counted, decode_bytes and stream."""
 
     bos_id: int  # what a prompt begins with: eos_id, unless the model's documents begin with a token of their own
@@ -37,7 +39,7 @@ class Tokenizer(tokenmonster.Tokenizer):
         raise NotImplementedError
 
 
-class TokenMonster(Tokenizer, tokenmonster.TokenMonster):
+class TokenMonster(Tokenizer, BareTokenMonster):
     """A TokenMonster vocabulary: a document begins where another ends."""
 
     @property
@@ -47,8 +49,8 @@ class TokenMonster(Tokenizer, tokenmonster.TokenMonster):
     def __reduce__(self) -> tuple:
         return TokenMonster, (self.data, self.name, self.eos_id)
 
-    def stream(self, before: Sequence[int] = ()) -> tokenmonster.TokenMonsterStream:
-        stream = tokenmonster.TokenMonsterStream(self)
+    def stream(self, before: Sequence[int] = ()) -> TokenMonsterStream:
+        stream = TokenMonsterStream(self)
         for token in list(before)[-4:]:  # no character, and no delete mark, reaches further back
             stream.push(token)
         return stream
