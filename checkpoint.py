@@ -28,11 +28,12 @@ from safetensors.torch import save as to_bytes
 import tokenizer
 from backend import Backend
 from cli import BadInput, brief, is_count, is_number, is_positive, parse_json
-from decoding.narrow import columns, dequantize
+from decoding.narrow import DTYPES, columns, dequantize
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
 VOCABULARY = "vocabulary"  # the tensor of a bundle that is the vocabulary's file
+FILES = ("tokenmonster.vocab", "tokenizer.json")  # what that may be called
 
 
 def write(path: Path, data: bytes):
@@ -250,7 +251,7 @@ CONFIG = {  # of a saved Config, what is read again
     "sources?": {str: {"dataset": str, "ratio": is_number, "anneal_ratio": is_number, "data_files": list}}}
 STATE = {"step": is_count, "seconds?": is_number, "best_loss?": is_number, "val_loss?": is_number,
          "bits_per_byte?": is_number, "config?": CONFIG, "train_tokens?": {str: is_positive}, "commits?": {str: str},
-         "scaler?": dict, "imported_from?": str}
+         "scaler?": dict, "imported_from?": str, "rounded_to?": DTYPES.__contains__}
 
 
 def read_state(step_dir: Path) -> dict:
@@ -412,8 +413,8 @@ def open_bundle(path: Path, device: Backend | None) -> Trained:
     tensors = read_tensors(path)
     try:
         with safe_open(path, "pt") as file:
-            state = parse_json(file.metadata()["state"].encode(), {"config": {"tokenizer": str}})
-        vocabulary, name = tensors.pop(VOCABULARY).numpy().tobytes(), Path(state["config"]["tokenizer"]).name
+            state = parse_json(file.metadata()["state"].encode(), {"config": {"tokenizer": FILES.__contains__}})
+        vocabulary, name = tensors.pop(VOCABULARY).numpy().tobytes(), state["config"]["tokenizer"]
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} is no bundle of export.py --format bundle: {brief(error)}") from error
     with tempfile.TemporaryDirectory() as folder:

@@ -79,9 +79,14 @@ def remote_code() -> str:
     return f"{before}# {'-' * 77}\n# tokenmonster.py\n\n{whole}\n\n# {'-' * 77}\n# transformers\n{after}"
 
 
+def vocabulary_file(vocabulary: Tokenizer) -> str:
+    """What the vocabulary's file is called in an export."""
+    return "tokenmonster.vocab" if isinstance(vocabulary, TokenMonster) else "tokenizer.json"
+
+
 def write_vocabulary(folder: Path, vocabulary: Tokenizer, whole: bool = False) -> str:
     """Write the vocabulary's file, as it was or `whole` (with a decoder that it lacked). Returns its name."""
-    name = "tokenmonster.vocab" if isinstance(vocabulary, TokenMonster) else "tokenizer.json"
+    name = vocabulary_file(vocabulary)
     (folder / name).write_bytes(vocabulary.whole() if whole and name == "tokenizer.json" else vocabulary.data)
     return name
 

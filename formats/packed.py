@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 import quant_t4
 from checkpoint import VOCABULARY
 from decoding.narrow import narrow
-from formats.hf import weights, write_json, write_tensors, write_vocabulary
+from formats.hf import vocabulary_file, weights, write_json, write_tensors, write_vocabulary
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -59,13 +59,11 @@ def write_packed(folder: Path, model: Llama, state: dict, vocabulary: Tokenizer,
 def write_bundle(folder: Path, model: Llama, state: dict, vocabulary: Tokenizer, kind: str) -> str:
     """Write NAME.safetensors, with everything that sample.py needs, its weights in INT8 or INT4. Returns the result in
     words."""
-    path = folder / write_vocabulary(folder, vocabulary)
     tensors = narrow_tensors(model, kind)
-    whole = tensors | {VOCABULARY: torch.from_numpy(np.fromfile(path, np.uint8))}
-    notes = {"format": "pt", "state": json.dumps(rounded(state, path.name, kind))}
+    whole = tensors | {VOCABULARY: torch.from_numpy(np.frombuffer(vocabulary.data, np.uint8).copy())}
+    notes = {"format": "pt", "state": json.dumps(rounded(state, vocabulary_file(vocabulary), kind))}
     name = f"{state['config'].get('name', 'model')}.safetensors"
     (folder / name).write_bytes(to_bytes({name: tensor.contiguous() for name, tensor in whole.items()}, notes))
-    path.unlink()
     return f"{name}, weights in {kind.upper()}, {bits(tensors, model):.2f} bits a parameter"
 
 

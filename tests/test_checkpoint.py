@@ -271,7 +271,8 @@ def test_a_state_that_asks_for_more_than_there_is(rng, tmp_path, changes):
 
 @pytest.mark.parametrize("text", [b"null", b'{"step": -1}', b'{"step": 1, "seconds": "long"}', b"[" * 100_000, b"\xff",
                                   b'{"step": 1, "config": {"model": {}, "sources": {"a": {}}}}',
-                                  b'{"step": 1, "bits_per_byte": null}', b'{"step": 1, "train_tokens": {"a": 1.5}}'])
+                                  b'{"step": 1, "bits_per_byte": null}', b'{"step": 1, "train_tokens": {"a": 1.5}}',
+                                  b'{"step": 1, "rounded_to": "int3"}'])
 def test_damaged_state(rng, tmp_path, text):
     step_dir = save(tmp_path, *trained())
     (step_dir / "state.json").write_bytes(text)

@@ -113,7 +113,8 @@ def test_packed_weights(rng, command, tmp_path, in_process, kind, tied, bundle):
     assert code == 0 and "bits" in out, (out, err)
 
 
-@pytest.mark.parametrize("damage", ["half", "another tensor", "no state", "no file", "state is a list"])
+@pytest.mark.parametrize("damage", ["half", "another tensor", "no state", "no file", "state is a list",
+                                    "a file elsewhere"])
 def test_a_bundle_that_is_none(rng, command, tmp_path, in_process, damage):
     """One line, and what was in it is not half open."""
     save(tmp_path / "run", llama())
@@ -126,6 +127,8 @@ def test_a_bundle_that_is_none(rng, command, tmp_path, in_process, damage):
         save_file({"a": torch.ones(3)}, path, state)
     elif damage == "no state":
         save_file(tensors, path)
+    elif damage == "a file elsewhere":
+        save_file(tensors, path, {"state": '{"step": 1, "config": {"tokenizer": "../.."}}'})
     elif damage == "state is a list":
         save_file(tensors, path, {"state": "[]"})
     else:
